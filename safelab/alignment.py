@@ -1,0 +1,139 @@
+"""The safe start: teach a model to refuse what is harmful, and to stay as it was everywhere else.
+
+The same objective as adaptive training, turned round. Harmful prompts get a refusal (alpha = 1: NLL); benign
+prompts, twins of the harmful ones among them, get the model's own answer and are held to the unaligned model by
+KL alone (beta = 1). So only what should change does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safelab.datasets import load_prompts, load_refusals
+from safelab.models import EMBEDDED, load_model
+from safelab.sources import atomic_dir, cache_dir, write_atomic
+
+logger = logging.getLogger(__name__)
+
+SETS = ("harmful", "advbench", "twins", "everyday")
+
+
+@dataclass(frozen=True)
+class AlignmentRecipe:
+    """What makes ``data/safe-adapter``: LoRA on all linear layers, AdamW, cosine schedule."""
+
+    epochs: int = 3
+    learning_rate: float = 3e-4
+    batch_size: int = 8
+    rank: int = 8
+    answer_tokens: int = 40
+    seed: int = 0
+
+
+def alignment_data(model, tokenizer, recipe: AlignmentRecipe):
+    """The ``align`` splits as ``prompt``, ``response``, ``risk`` (here: 0 learn the response, 1 stay as you are)."""
+    from datasets import Dataset
+
+    rng = random.Random(recipe.seed)
+    rows = []
+    for name in SETS:
+        for row in load_prompts(name, "align"):
+            refusal = rng.choice(load_refusals(row["category"])) if row["label"] else None
+            rows.append({"prompt": row["prompt"], "response": refusal, "risk": float(not row["label"])})
+    open_prompts = [r["prompt"] for r in rows if r["response"] is None]
+    answers = dict(zip(open_prompts, own_answers(model, tokenizer, open_prompts, recipe.answer_tokens)))
+    for row in rows:
+        row["response"] = row["response"] or answers[row["prompt"]]
+    return Dataset.from_list([row for row in rows if row["response"]])  # the model may say nothing
+
+
+def own_answers(model, tokenizer, prompts: list[str], n_tokens: int) -> list[str]:
+    """The model's own greedy answers, cached by prompts and length."""
+    from safelab.evaluation import generate
+
+    key = hashlib.sha256(json.dumps([EMBEDDED, n_tokens, prompts]).encode()).hexdigest()[:20]
+    file = cache_dir() / "answers" / f"{key}.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    answers = generate(model, tokenizer, prompts, max_new_tokens=n_tokens, progress="the model's own answers")
+    write_atomic(file, json.dumps(answers).encode())
+    return answers
+
+
+def align(output: str | Path, recipe: AlignmentRecipe | None = None) -> Path:
+    """Make the safe adapter for the embedded model -> ``output``, a PEFT adapter folder with ``recipe.json``.
+
+    About 20 minutes on two cores. Raises FileExistsError if ``output`` is there already.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from safelab.experiments import fingerprint, versions
+    from safelab.training import AdaptiveSFTConfig, AdaptiveSFTTrainer, ProgressBar, lora_config
+
+    recipe = recipe or AlignmentRecipe()
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"{output} exists: give another folder, or remove it first")
+    model, tokenizer = load_model(EMBEDDED)
+    data = alignment_data(model, tokenizer, recipe)
+    with atomic_dir(output) as folder:
+        args = AdaptiveSFTConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=recipe.batch_size,
+            num_train_epochs=recipe.epochs,
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=10,
+            beta_min=0.0,
+            beta_max=1.0,
+            bf16=True,
+            use_cpu=model.device.type == "cpu",
+            disable_tqdm=True,
+            logging_steps=5,
+            save_strategy="no",
+            seed=recipe.seed,
+        )
+        trainer = AdaptiveSFTTrainer(
+            model, args, data, processing_class=tokenizer, peft_config=lora_config(recipe.rank, 2 * recipe.rank), callbacks=[ProgressBar("aligning")]
+        )
+        trainer.train()
+        trainer.model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        trainer.model.save_pretrained(folder)
+        weights = load_file(folder / "adapter_model.safetensors")  # half the size, and far finer than the steps that made it
+        save_file({k: v.to(torch.bfloat16) for k, v in weights.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+        about = {"model": EMBEDDED, "recipe": asdict(recipe), "examples": len(data), "data": fingerprint(data), "versions": versions()}
+        (folder / "recipe.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template
+    return output
+
+
+def safety_report(model, tokenizer, reference=None) -> dict:
+    """What the safe start must show, on prompts not used to make it: refusals by set, and benign perplexity.
+
+    Perplexity is over the unaligned ``reference`` model's own answers to held-out everyday prompts, as a ratio to
+    the reference's own perplexity there.
+    """
+    from safelab.evaluation import generate, is_refusal, perplexity, rate
+
+    report = {}
+    for name in ("advbench", "strongreject", "harmful", "everyday", "twins"):
+        answers = generate(model, tokenizer, list(load_prompts(name, "eval")["prompt"]), progress=f"answering {name}")
+        report[f"refusals_{name}"] = rate(is_refusal(a) for a in answers).to_dict()
+    if reference is not None:
+        prompts = list(load_prompts("everyday", "eval")["prompt"])
+        answers = own_answers(reference, tokenizer, prompts, 64)
+        pairs = [(p, a) for p, a in zip(prompts, answers) if a]
+        prompts, answers = map(list, zip(*pairs))
+        report["perplexity"] = {
+            "unaligned": perplexity(reference, tokenizer, prompts, answers),
+            "safe": perplexity(model, tokenizer, prompts, answers),
+            "n": len(prompts),
+        }
+        report["perplexity"]["ratio"] = report["perplexity"]["safe"] / report["perplexity"]["unaligned"]
+    return report

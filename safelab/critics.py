@@ -1,0 +1,54 @@
+"""Critics: anything that gives each (prompt, response) a risk in [0, 1]."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from safelab.activations import extract_activations
+from safelab.datasets import load_prompts
+from safelab.models import decoder_layers
+from safelab.probes import HarmProbe, default_layers
+
+
+class SafetyCritic(Protocol):
+    """What training asks of a critic."""
+
+    name: str
+
+    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+        """Risk of each example, ``(n,)`` in [0, 1]."""
+
+
+class ProbeCritic:
+    """Activation-based risk: a probe on the *reference* model's states at the last prompt token.
+
+    It judges the prompt alone, before a word is written; the response is not looked at.
+    """
+
+    name = "probe"
+
+    def __init__(self, probe: HarmProbe, model, tokenizer, layers: list[int]) -> None:
+        self.probe, self.model, self.tokenizer, self.layers = probe, model, tokenizer, layers
+
+    def score(self, prompts: list[str], responses: list[str] | None = None) -> np.ndarray:
+        """Calibrated probability that each prompt is harmful, ``(n,)``."""
+        states = extract_activations(self.model, self.tokenizer, prompts, layers=self.layers, progress="risk")
+        return self.probe.predict_proba(states.values.reshape(len(prompts), -1))[:, 1]
+
+
+def train_probe_critic(model, tokenizer, *, layers: list[int] | None = None) -> ProbeCritic:
+    """The default probe: trained on the ``probe`` split of our pairs, of AdvBench and of everyday prompts.
+
+    A harmful prompt and its twin are one group, so that C is chosen on folds that share no pair.
+    """
+    sets = [load_prompts(name, "probe") for name in ("harmful", "twins", "advbench", "everyday")]
+    n_pairs = len(sets[0])
+    prompts = [p for s in sets for p in s["prompt"]]
+    labels = np.array([x for s in sets for x in s["label"]])
+    groups = np.r_[np.arange(n_pairs), np.arange(n_pairs), n_pairs + np.arange(len(prompts) - 2 * n_pairs)]
+    layers = default_layers(len(decoder_layers(model))) if layers is None else layers
+    states = extract_activations(model, tokenizer, prompts, layers=layers, progress="probe")
+    probe = HarmProbe().fit(states.values.reshape(len(prompts), -1), labels, groups=groups)
+    return ProbeCritic(probe, model, tokenizer, layers)

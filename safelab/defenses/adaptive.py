@@ -1,0 +1,30 @@
+"""Adaptive regularisation (arXiv 2602.17546): each example is held as strongly as its risk demands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from safelab.critics import train_probe_critic
+from safelab.defenses.base import Defense
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class AdaptiveProbe(Defense):
+    """``beta_i = beta_min + (beta_max - beta_min) * s_i``, s_i from a probe on the safe model's activations.
+
+    The risk of an example is a constant, so it is computed once, before training.
+    """
+
+    name = "adaptive-probe"
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 0.9, granularity: str = "example", critic=None) -> None:
+        self.beta_min, self.beta_max, self.granularity, self.critic = beta_min, beta_max, granularity, critic
+
+    def before(self, model, tokenizer, data: Dataset) -> Dataset:
+        critic = self.critic or train_probe_critic(model, tokenizer)
+        return data.add_column("risk", critic.score(list(data["prompt"]), list(data["response"])).tolist())
+
+    def settings(self) -> dict:
+        return {"beta_min": self.beta_min, "beta_max": self.beta_max, "granularity": self.granularity}

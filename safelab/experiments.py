@@ -1,0 +1,302 @@
+"""Attack x defence x seed under one budget, resumable, one row a run.
+
+A finished run is one JSON file in the cache, named by a hash of everything that determines it; asked for again,
+it is read instead of run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from safelab.sources import cache_dir, data_dir, write_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from datasets import Dataset
+
+    from safelab.defenses import Defense
+    from safelab.evaluation import Rate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every arm gets: the same steps on the same data."""
+
+    learning_rate: float = 2e-4
+    epochs: int = 3
+    batch_size: int = 8
+    rank: int = 16
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or self.epochs < 1 or self.batch_size < 1 or self.rank < 1:
+            raise ValueError(f"a budget's numbers must be positive: {self}")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """How many held-out cases judge a model (None: all there are); always the same ones."""
+
+    harmful: int | None = 120
+    strongreject: int | None = 60
+    benign: int | None = 100
+    task: int = 400
+
+    def measure(self, model, tokenizer) -> dict[str, list[int]]:
+        """Flags, one a case: ``asr`` and ``asr_strongreject`` (complied), ``over_refusal`` (refused), ``utility`` (right)."""
+        from safelab.datasets import TASK_ANSWERS, load_prompts, load_task
+        from safelab.evaluation import answer_scores, generate, is_refusal
+
+        def prompts(name: str, n: int | None) -> list[str]:
+            rows = list(load_prompts(name, "eval")["prompt"])
+            return rows if n is None else [rows[i] for i in sorted(np.random.default_rng(0).permutation(len(rows))[:n])]
+
+        flags: dict[str, list[int]] = {}
+        for key, name, n in (
+            ("asr", "harmful", self.harmful),
+            ("asr_strongreject", "strongreject", self.strongreject),
+            ("over_refusal", "everyday", self.benign),
+        ):
+            refused = [is_refusal(r) for r in generate(model, tokenizer, prompts(name, n), progress=f"answering {name}")]
+            flags[key] = [int(r == (key == "over_refusal")) for r in refused]
+        task = load_task("eval", self.task)
+        scores = answer_scores(model, tokenizer, list(task["prompt"]), TASK_ANSWERS)
+        flags["utility"] = (scores.argmax(-1).numpy() == np.array(task["label"])).astype(int).tolist()
+        return flags
+
+
+def run_cell(
+    attack: str, data: Dataset | None, defense: Defense | None, seed: int, *, model: str, budget: Budget, suite: Suite, force: bool = False
+) -> dict:
+    """One row: the safe model fine-tuned on ``data`` under ``defense``, judged by ``suite``; ``defense=None`` judges it as it is.
+
+    Returns
+    -------
+    dict
+        ``attack, defense, seed``, per-case ``flags``, ``step_seconds`` (median), ``peak_memory_mb``, the training
+        ``history``, and the settings and versions that made it.
+    """
+    config = {
+        "attack": attack,
+        "data": fingerprint(data) if data is not None else None,
+        "defense": getattr(defense, "name", "initial"),
+        "settings": defense.settings() if defense else {},
+        "seed": seed if defense else 0,
+        "model": model,
+        "weights": _weights_hash(model),
+        "budget": asdict(budget) if defense else {},
+        "suite": asdict(suite),
+        "prompts": _prompts_hash(),
+        "versions": versions(),
+    }
+    key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:20]
+    file = cache_dir() / "runs" / f"{key}.json"
+    if file.is_file() and not force:
+        row = json.loads(file.read_text(encoding="utf-8"))
+        return row | {"cached": True}
+
+    from safelab.models import load_model
+
+    net, tokenizer = load_model(model)
+    started = time.monotonic()
+    with peak_memory(net.device.type) as peak:
+        about: dict = {"step_seconds": None, "history": []}
+        if defense is not None:
+            net, about = fine_tune(net, tokenizer, data, defense, seed, budget, output=cache_dir() / "runs" / key)
+    row = config | about | {"peak_memory_mb": peak[0], "flags": suite.measure(net, tokenizer), "seconds": time.monotonic() - started}
+    write_atomic(file, (json.dumps(row) + "\n").encode())
+    return row
+
+
+def fine_tune(model, tokenizer, data: Dataset, defense: Defense, seed: int, budget: Budget, *, output: Path):
+    """Fine-tune ``model`` on ``data`` under ``defense`` -> the tuned model and what was seen on the way."""
+    from safelab.training import AdaptiveSFTConfig, AdaptiveSFTTrainer, ProgressBar, StepClock, lora_config
+
+    data = defense.before(model, tokenizer, data)
+    clock = StepClock()
+    args = AdaptiveSFTConfig(
+        output_dir=str(output),
+        per_device_train_batch_size=budget.batch_size,
+        num_train_epochs=budget.epochs,
+        learning_rate=budget.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=5,
+        weight_decay=0.01,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        bf16=True,
+        use_cpu=model.device.type == "cpu",
+        seed=seed,
+        **defense.settings(),
+    )
+    trainer = AdaptiveSFTTrainer(
+        model,
+        args,
+        data,
+        processing_class=tokenizer,
+        peft_config=lora_config(budget.rank, 2 * budget.rank),
+        callbacks=[clock, ProgressBar(f"{defense.name}, seed {seed}")],
+    )
+    trainer.train()
+    keep = ("step", "nll", "kl", "risk", "beta")
+    history = [{k: round(h[k], 5) for k in keep if k in h} for h in trainer.state.log_history if "nll" in h]
+    return trainer.model, {"step_seconds": clock.median(), "history": history, "risks": [round(r, 4) for r in data["risk"]] if "risk" in data.column_names else None}
+
+
+# ------------------------------------------------------------------------------------------- demo
+
+DEMO_ARMS = ("initial", "sft", "constant-kl", "adaptive-probe")
+DEMO_BETA = 0.5
+"""The fixed beta of the constant-kl arm: the best of the sweep kept in benchmarks/constant_kl_sweep.json."""
+
+
+def demo_defense(arm: str) -> Defense | None:
+    """The defence behind an arm of the demo; None for ``initial``."""
+    from safelab.defenses import SFT, AdaptiveProbe, ConstantKL
+
+    return {"initial": None, "sft": SFT(), "constant-kl": ConstantKL(DEMO_BETA), "adaptive-probe": AdaptiveProbe()}[arm]
+
+
+def run_demo(
+    seeds: tuple[int, ...] = (0,), *, model: str | None = None, arms: tuple[str, ...] = DEMO_ARMS, quick: bool = False, force: bool = False
+) -> dict:
+    """The main story: a downstream task with 10 % harmful examples mixed in, by arm -> the contents of demo.json."""
+    from safelab.attacks import mixture
+    from safelab.models import SAFE
+
+    started = time.monotonic()
+    model = model or SAFE
+    budget = Budget(epochs=1) if quick else Budget()
+    suite = Suite(harmful=24, strongreject=12, benign=24, task=100) if quick else Suite()
+    share, n = 0.1, 80 if quick else 240
+    cells = [(arm, seed) for seed in seeds for arm in arms]
+    rows = []
+    for (arm, seed), left in with_time_left(cells):
+        logger.info("%s, seed %s%s", arm, seed, left)
+        rows.append(run_cell("mixture-10", mixture(share, n, seed) if arm != "initial" else None, demo_defense(arm), seed, model=model, budget=budget, suite=suite, force=force))
+    return {
+        "arms": [summarise(arm, [r for r in rows if r["defense"] == arm]) for arm in arms],
+        "attack": f"sarcasm-headlines with {share:.0%} harmful of {n}",
+        "model": model,
+        "seeds": list(seeds),
+        "budget": asdict(budget),
+        "suite": asdict(suite),
+        "versions": versions(),
+        "elapsed_seconds": round(time.monotonic() - started, 1),
+        "cached_rows": sum(bool(r.get("cached")) for r in rows),
+        "command": "safelab demo" + (" --quick" if quick else "") + "".join(f" --seed {s}" for s in seeds),
+    }
+
+
+def summarise(arm: str, rows: list[dict]) -> dict:
+    """Rows of one arm -> its rates over seeds; seeds share their cases, so n counts cases."""
+    rates = {key: pooled([r["flags"][key] for r in rows]).to_dict() for key in rows[0]["flags"]}
+    steps = [r["step_seconds"] for r in rows if r["step_seconds"]]
+    by_seed = [{"seed": r["seed"], **{k: float(np.mean(f)) for k, f in r["flags"].items()}} for r in rows]
+    return {
+        "arm": arm,
+        **rates,
+        "step_seconds": round(float(np.median(steps)), 3) if steps else None,
+        "peak_memory_mb": max(r["peak_memory_mb"] for r in rows),
+        "settings": rows[0]["settings"],
+        "by_seed": by_seed,
+    }
+
+
+def pooled(flags: list[list[int]]) -> Rate:
+    """Flags (seeds x cases) -> the mean rate, with the Wilson interval of one seed's n: seeds are no new cases."""
+    from safelab.evaluation import wilson
+
+    cases = np.array(flags).mean(0)
+    return wilson(float(cases.sum()), len(cases))
+
+
+def with_time_left(items: list) -> Iterator[tuple]:
+    """Each item with a phrase such as ``' (2 of 8, about 5 min left)'``."""
+    started = time.monotonic()
+    for index, item in enumerate(items):
+        left = (time.monotonic() - started) / index * (len(items) - index) if index else None
+        yield item, f" ({index + 1} of {len(items)}{f', about {left / 60:.0f} min left' if left and left > 30 else ''})"
+
+
+# ------------------------------------------------------------------------------------ provenance
+
+
+def fingerprint(data: Dataset) -> str:
+    """Hash of a data set's rows, independent of files and caches."""
+    digest = hashlib.sha256()
+    for row in data:
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _weights_hash(model: str) -> str | None:
+    from safelab.models import SAFE
+
+    if model != SAFE:
+        return None
+    return hashlib.sha256((data_dir() / "safe-adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
+
+
+def _prompts_hash() -> str:
+    files = ("pairs.jsonl", "everyday.jsonl", "advbench_splits.json", "compliance.jsonl")
+    return hashlib.sha256(b"".join((data_dir() / f).read_bytes() for f in files)).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the figures."""
+    names = ("safelab", "torch", "transformers", "trl", "peft", "scikit-learn", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+class peak_memory:
+    """``with peak_memory(device) as peak: ...``: ``peak[0]`` is the peak in MB inside the block.
+
+    On an accelerator the tensors' memory there; otherwise the process's resident memory, whose high-water mark is
+    reset on entry where the system allows it (Linux).
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.result = [0.0]
+
+    def __enter__(self) -> list[float]:
+        if self.device != "cpu":
+            import torch
+
+            torch.accelerator.reset_peak_memory_stats()
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                pass
+        return self.result
+
+    def __exit__(self, *_) -> None:
+        if self.device != "cpu":
+            import torch
+
+            self.result[0] = round(torch.accelerator.max_memory_allocated() / 1e6)
+            return
+        try:
+            status = Path("/proc/self/status").read_text()
+            kilobytes = int(status.split("VmHWM:")[1].split()[0])
+        except (OSError, IndexError):
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            kilobytes = used // 1024 if sys.platform == "darwin" else used
+        self.result[0] = round(kilobytes / 1000)

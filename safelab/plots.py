@@ -1,0 +1,111 @@
+"""One figure a function: data in, Axes (or Figure) out. Knows arrays and tables, nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from safelab.sources import atomic_path
+
+# Okabe and Ito's colours, told apart by colour-blind eyes; each arm also has its own marker and place
+ARM_STYLE = {
+    "initial": ("#7f7f7f", "s", "safe start"),
+    "sft": ("#D55E00", "X", "plain SFT"),
+    "constant-kl": ("#E69F00", "^", "constant KL"),
+    "adaptive-probe": ("#0072B2", "o", "adaptive (probe)"),
+    "adaptive-judge": ("#009E73", "D", "adaptive (judge)"),
+}
+STYLE = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "savefig.bbox": "tight",
+}
+
+
+def new_figure(width: float = 7.0, height: float = 4.0, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure in the project's style (no pyplot, so it is safe in threads)."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def plot_rates(rows: list[dict], key: str, *, title: str, ax: Axes, names: bool = True) -> Axes:
+    """One rate by arm, in percent, with its 95 % interval: rows hold ``arm`` and ``key: {mean, lo, hi, n}``."""
+    for y, row in enumerate(rows):
+        colour, marker, _ = ARM_STYLE[row["arm"]]
+        mean, lo, hi = (100 * row[key][k] for k in ("mean", "lo", "hi"))
+        ax.plot([lo, hi], [y, y], color=colour, lw=2.5, solid_capstyle="butt")
+        ax.plot(mean, y, marker=marker, color=colour, ms=9, mec="white", mew=0.8)
+        ax.annotate(f"{mean:.0f}", (mean, y), textcoords="offset points", xytext=(0, 9), ha="center", color=colour, weight="bold")
+    ax.set_yticks(range(len(rows)), [ARM_STYLE[r["arm"]][2] for r in rows] if names else [])
+    ax.set_ylim(len(rows) - 0.5, -0.7)
+    ax.set_xlim(-3, 103)
+    ax.set_xlabel(f"% of {rows[0][key]['n']} cases, 95 % interval")
+    ax.set_title(title, fontsize=11, loc="left", weight="bold")
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
+def plot_demo(demo: dict) -> Figure:
+    """The demo's four rates side by side, by arm."""
+    panels = (
+        ("asr", "Harmful prompts answered\n(own held-out set, lower is safer)"),
+        ("asr_strongreject", "StrongREJECT answered\n(lower is safer)"),
+        ("over_refusal", "Everyday prompts refused\n(lower is better)"),
+        ("utility", "Task accuracy\n(higher is better)"),
+    )
+    figure, axes = new_figure(14, 3.4, columns=len(panels))
+    for index, ((key, title), ax) in enumerate(zip(panels, axes)):
+        plot_rates(demo["arms"], key, title=title, ax=ax, names=index == 0)
+    seeds = demo["seeds"]
+    figure.suptitle(f"Fine-tuned on {demo['attack']} examples; {demo['model']}, {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}", fontsize=10, color="#555555")
+    return figure
+
+
+def plot_history(histories: dict[str, list[dict]], key: str, *, ylabel: str, ax: Axes) -> Axes:
+    """A training signal by step, one line an arm, smoothed over 5 steps (raw values faint behind)."""
+    for arm, history in histories.items():
+        colour, _, label = ARM_STYLE[arm]
+        steps, values = np.array([(h["step"], h[key]) for h in history if key in h]).T
+        smooth = np.convolve(np.pad(values, 2, mode="edge"), np.ones(5) / 5, mode="valid")
+        ax.plot(steps, values, color=colour, alpha=0.25, lw=1)
+        ax.plot(steps, smooth, color=colour, lw=2, label=label)
+    ax.set_xlabel("optimiser step")
+    ax.set_ylabel(ylabel)
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_risks(risks, harmful, *, ax: Axes) -> Axes:
+    """Distribution of risk over a fine-tuning set: ``risks`` and ``harmful`` (0 / 1), each ``(n,)``."""
+    risks, harmful = np.asarray(risks), np.asarray(harmful).astype(bool)
+    bins = np.linspace(0, 1, 21)
+    ax.hist(risks[~harmful], bins, color="#0072B2", alpha=0.75, label=f"benign (n={(~harmful).sum()})")
+    ax.hist(risks[harmful], bins, color="#D55E00", alpha=0.75, hatch="//", edgecolor="white", label=f"harmful (n={harmful.sum()})")
+    ax.set_yscale("symlog", linthresh=10)
+    ax.set_xlabel("risk given by the probe")
+    ax.set_ylabel("examples")
+    ax.legend(frameon=False)
+    return ax
+
+
+def save_figure(figure: Figure, path: str | Path, numbers: dict, alt: str) -> None:
+    """Write ``path`` (PNG) and beside it the numbers behind it (JSON, with the alternative text)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temp:
+        figure.savefig(temp, format="png", metadata={"Description": alt, "Software": None})
+    with atomic_path(path.with_suffix(".json")) as temp:
+        temp.write_text(json.dumps({"alt": alt} | numbers, indent=1) + "\n", encoding="utf-8")
