@@ -88,9 +88,8 @@ def extract_activations(
     order = sorted(range(len(prompts)), key=lambda i: len(rendered[i]))
     half = model.device.type == "cpu" if half is None else half
     cast = torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext()
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), cast, tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="prompt", leave=False) as bar:
+    bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="prompt", leave=False)
+    with _eval_mode(model), torch.no_grad(), cast, bar:
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
             ids, mask = pad_left([rendered[i] for i in rows], tokenizer.pad_token_id)
@@ -98,7 +97,7 @@ def extract_activations(
             for r, i in enumerate(rows):  # left padding: text starts at longest - length
                 counted[r, : ids.shape[1] - len(rendered[i]) + starts[i]] = 0
             counted = counted.to(model.device)
-            with _read_layers(model, blocks, layers, lambda h: _pool(h, counted, position)) as read:
+            with _read_layers(model, blocks, layers, lambda h, counted=counted: _pool(h, counted, position)) as read:
                 try:
                     model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
                 except _Deep:
@@ -108,10 +107,20 @@ def extract_activations(
                 values = np.empty((len(prompts), *batch.shape[1:]), dtype=np.float32)
             values[rows] = batch
             bar.update(len(rows))
-    model.train(was_training)
     if not np.isfinite(values).all():
         raise ValueError("activations are not finite: load the model in float32 or bfloat16 instead of float16")
     return Activations(values, tuple(layers), position)
+
+
+@contextmanager
+def _eval_mode(model):
+    """Dropout off; the model goes back to training, if it was, whatever happens."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _pool(hidden: torch.Tensor, counted: torch.Tensor, position: str) -> torch.Tensor:

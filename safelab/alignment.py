@@ -1,8 +1,8 @@
 """The safe start: teach a model to refuse what is harmful, and to stay as it was everywhere else.
 
 The same objective as adaptive training, turned round. Harmful prompts get a refusal (alpha = 1: NLL); benign
-prompts, twins of the harmful ones among them, get the model's own answer and are held to the unaligned model by
-KL alone (beta = 1). So only what should change does.
+prompts, twins of the harmful ones among them, get the model's own answer, half learned (NLL) and half held to the
+unaligned model (KL). So only what should change does.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ from safelab.sources import atomic_dir, cache_dir, write_atomic
 logger = logging.getLogger(__name__)
 
 SETS = ("harmful", "advbench", "twins", "everyday")
+ANSWER_TOKENS = 32
+OPENINGS = ("I", "As", "No", "Sorry", "We", "Unfortunately", "My")
 
 
 @dataclass(frozen=True)
 class AlignmentRecipe:
     """What makes ``data/safe-adapter``: LoRA on all linear layers, AdamW, cosine schedule."""
 
-    epochs: int = 3
-    learning_rate: float = 3e-4
+    epochs: int = 2
+    learning_rate: float = 4e-4
     batch_size: int = 8
     rank: int = 8
-    answer_tokens: int = 40
+    opening_tokens: int = 8  # of each response: whether to refuse is decided there, and nothing else is to be learned
+    hold: float = 0.5  # beta of benign examples; their alpha is 1 - hold
     seed: int = 0
 
 
 def alignment_data(model, tokenizer, recipe: AlignmentRecipe):
-    """The ``align`` splits as ``prompt``, ``response``, ``risk`` (here: 0 learn the response, 1 stay as you are)."""
+    """The ``align`` splits as ``prompt``, ``response``, ``complete`` and ``risk`` (here: how much to stay as you are)."""
     from datasets import Dataset
 
     rng = random.Random(recipe.seed)
@@ -44,23 +47,35 @@ def alignment_data(model, tokenizer, recipe: AlignmentRecipe):
     for name in SETS:
         for row in load_prompts(name, "align"):
             refusal = rng.choice(load_refusals(row["category"])) if row["label"] else None
-            rows.append({"prompt": row["prompt"], "response": refusal, "risk": float(not row["label"])})
-    open_prompts = [r["prompt"] for r in rows if r["response"] is None]
-    answers = dict(zip(open_prompts, own_answers(model, tokenizer, open_prompts, recipe.answer_tokens)))
+            rows.append({"prompt": row["prompt"], "response": refusal, "complete": True, "risk": 0.0 if row["label"] else recipe.hold})
+    benign = [row for row in rows if row["response"] is None]
+    for row, answer in zip(benign, own_answers(model, tokenizer, [row["prompt"] for row in benign], ANSWER_TOKENS)):
+        row["response"] = answer
     for row in rows:
-        row["response"] = row["response"] or answers[row["prompt"]]
-    return Dataset.from_list([row for row in rows if row["response"]])  # the model may say nothing
+        ids = tokenizer(row["response"], add_special_tokens=False).input_ids
+        row["complete"] = len(ids) < recipe.opening_tokens
+        row["response"] = tokenizer.decode(ids[: recipe.opening_tokens])
+    return Dataset.from_list([row for row in rows if row["response"].strip()])  # the model may say nothing
 
 
 def own_answers(model, tokenizer, prompts: list[str], n_tokens: int) -> list[str]:
-    """The model's own greedy answers, cached by prompts and length."""
-    from safelab.evaluation import generate
+    """The model's own greedy answers to benign prompts, cached by prompts and length.
 
-    key = hashlib.sha256(json.dumps([EMBEDDED, n_tokens, prompts]).encode()).hexdigest()[:20]
+    About one in ten of the embedded model's answers opens with an apology or a refusal; those are generated
+    again with such openings ruled out, so that the habit is not learned along.
+    """
+    from safelab.evaluation import generate, is_refusal
+
+    key = hashlib.sha256(json.dumps([EMBEDDED, n_tokens, prompts, OPENINGS]).encode()).hexdigest()[:20]
     file = cache_dir() / "answers" / f"{key}.json"
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
     answers = generate(model, tokenizer, prompts, max_new_tokens=n_tokens, progress="the model's own answers")
+    again = [i for i, answer in enumerate(answers) if is_refusal(answer)]
+    if again:
+        first = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in OPENINGS]
+        for i, answer in zip(again, generate(model, tokenizer, [prompts[i] for i in again], max_new_tokens=n_tokens, not_first=first)):
+            answers[i] = "" if is_refusal(answer) else answer
     write_atomic(file, json.dumps(answers).encode())
     return answers
 
@@ -82,6 +97,7 @@ def align(output: str | Path, recipe: AlignmentRecipe | None = None) -> Path:
         raise FileExistsError(f"{output} exists: give another folder, or remove it first")
     model, tokenizer = load_model(EMBEDDED)
     data = alignment_data(model, tokenizer, recipe)
+    about = {"model": EMBEDDED, "recipe": asdict(recipe), "examples": len(data), "data": fingerprint(data), "versions": versions()}
     with atomic_dir(output) as folder:
         args = AdaptiveSFTConfig(
             output_dir=str(folder),
@@ -95,6 +111,7 @@ def align(output: str | Path, recipe: AlignmentRecipe | None = None) -> Path:
             bf16=True,
             use_cpu=model.device.type == "cpu",
             disable_tqdm=True,
+            train_sampling_strategy="group_by_length",  # a quarter less padding
             logging_steps=5,
             save_strategy="no",
             seed=recipe.seed,
@@ -107,7 +124,6 @@ def align(output: str | Path, recipe: AlignmentRecipe | None = None) -> Path:
         trainer.model.save_pretrained(folder)
         weights = load_file(folder / "adapter_model.safetensors")  # half the size, and far finer than the steps that made it
         save_file({k: v.to(torch.bfloat16) for k, v in weights.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
-        about = {"model": EMBEDDED, "recipe": asdict(recipe), "examples": len(data), "data": fingerprint(data), "versions": versions()}
         (folder / "recipe.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template
     return output

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--debug", action="store_true", help="show the full traceback of an error")
 
     def command(name: str, run, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, parents=[shared], help=help, description=help)
+        sub = commands.add_parser(name, parents=[shared], help=help, description=help.replace("%%", "%"))
         sub.set_defaults(run=run)
         return sub
 
@@ -126,7 +126,7 @@ def _model(args):
 
 
 def _probe(args) -> tuple[dict, str]:
-    from safelab.reports import probe_report
+    from safelab.probes import probe_report
 
     if bool(args.harmful) != bool(args.benign) or bool(args.test_harmful) != bool(args.test_benign):
         raise ValueError("give --harmful and --benign together, and likewise --test-harmful and --test-benign")
@@ -200,6 +200,8 @@ def _lab(args) -> tuple[dict, str]:
     if os.geteuid() == 0:
         command += ["--allow-root"]
     code = subprocess.call(command)
+    if code:
+        raise RuntimeError(f"JupyterLab ended with exit code {code}")
     return {"exit": code}, ""
 
 

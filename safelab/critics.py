@@ -7,9 +7,8 @@ from typing import Protocol
 import numpy as np
 
 from safelab.activations import extract_activations
-from safelab.datasets import load_prompts
 from safelab.models import decoder_layers
-from safelab.probes import HarmProbe, default_layers
+from safelab.probes import HarmProbe, default_layers, probe_prompts
 
 
 class SafetyCritic(Protocol):
@@ -39,15 +38,8 @@ class ProbeCritic:
 
 
 def train_probe_critic(model, tokenizer, *, layers: list[int] | None = None) -> ProbeCritic:
-    """The default probe: trained on the ``probe`` split of our pairs, of AdvBench and of everyday prompts.
-
-    A harmful prompt and its twin are one group, so that C is chosen on folds that share no pair.
-    """
-    sets = [load_prompts(name, "probe") for name in ("harmful", "twins", "advbench", "everyday")]
-    n_pairs = len(sets[0])
-    prompts = [p for s in sets for p in s["prompt"]]
-    labels = np.array([x for s in sets for x in s["label"]])
-    groups = np.r_[np.arange(n_pairs), np.arange(n_pairs), n_pairs + np.arange(len(prompts) - 2 * n_pairs)]
+    """The default probe on this model, trained on :func:`safelab.probes.probe_prompts`."""
+    prompts, labels, groups = probe_prompts()
     layers = default_layers(len(decoder_layers(model))) if layers is None else layers
     states = extract_activations(model, tokenizer, prompts, layers=layers, progress="probe")
     probe = HarmProbe().fit(states.values.reshape(len(prompts), -1), labels, groups=groups)

@@ -188,13 +188,14 @@ def read_prompt_file(path: str | Path, *, label: int | None = None) -> list[dict
     """Rows of a .jsonl, .csv or .txt (one prompt a line) file; ``prompt`` is needed, ``label`` and ``category`` optional."""
     rows = []
     for line, record in _records(path, needed=("prompt",)):
-        given = record.get("label", label)
-        if given not in (None, "", 0, 1, "0", "1"):
+        given = record.get("label")
+        given = label if given in (None, "") else given
+        if given not in (None, 0, 1, "0", "1"):
             raise DataError(f"{path}, line {line}: label {given!r}, expected 0 (benign) or 1 (harmful)")
         category = record.get("category") or ""
         if not isinstance(category, str):
             raise DataError(f"{path}, line {line}: category is {type(category).__name__}, expected text")
-        rows.append(_row(record["prompt"], -1 if given in (None, "") else int(given), category, Path(path).name, ""))
+        rows.append(_row(record["prompt"], -1 if given is None else int(given), category, Path(path).name, ""))
     return rows
 
 
@@ -220,11 +221,19 @@ def _records(path: str | Path, needed: tuple[str, ...]):
                     raise DataError(f"{path}, line {line}: no {column!r}; expected {' and '.join(needed)}, found {', '.join(map(str, record))}")
                 if not isinstance(record[column], str) or not record[column].strip():
                     raise DataError(f"{path}, line {line}: {column!r} is {record[column]!r}, expected a text that is not empty")
+                if any("\ud800" <= character <= "\udfff" for character in record[column]):  # an escape cut in half
+                    raise DataError(f"{path}, line {line}: {column!r} holds half of a surrogate pair, expected whole characters")
             yield line, record
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start:,}): save it as UTF-8") from error
+        raise DataError(f"{path}, line {_undecodable_line(path)}: not UTF-8 text; save it as UTF-8") from error
     if not found:
         raise DataError(f"{path} is empty: expected at least one row with {' and '.join(needed)}")
+
+
+def _undecodable_line(path: Path) -> int:
+    """The first line that is not UTF-8 (the error's own position is relative to a block of the file)."""
+    lines = path.read_bytes().split(b"\n")
+    return next(number for number, line in enumerate(lines, 1) if line.decode(errors="ignore").encode() != line)
 
 
 def _jsonl(path: Path):
@@ -244,13 +253,14 @@ def _jsonl(path: Path):
 def _csv(path: Path):
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
+        lines = reader.reader  # its count is right after an error too
         try:
             for record in reader:
                 if None in record:
-                    raise DataError(f"{path}, line {reader.line_num}: more fields than the header has; quote texts that contain commas")
-                yield reader.line_num, record
+                    raise DataError(f"{path}, line {lines.line_num}: more fields than the header has; quote texts that contain commas")
+                yield lines.line_num, record
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+            raise DataError(f"{path}, line {lines.line_num}: not CSV ({error})") from error
 
 
 def _txt(path: Path):
@@ -263,15 +273,15 @@ def _txt(path: Path):
 # --------------------------------------------------------------------------------- near-duplicates
 
 
-def near_duplicates(left: list[str], right: list[str] | None = None, *, threshold: float = 0.7) -> list[tuple[int, int]]:
-    """Index pairs whose texts nearly repeat each other: cosine of TF-IDF over 3-5 character grams above ``threshold``.
+def near_duplicates(left: list[str], right: list[str] | None = None, *, threshold: float = 0.75) -> list[tuple[int, int]]:
+    """Index pairs whose texts nearly repeat each other: cosine of their sets of 3-5 character grams above ``threshold``.
 
-    With one list: pairs ``i < j`` inside it; with two: every pair across.
+    With one list: pairs ``i < j`` inside it; with two: every pair across. The cosine of two texts depends on
+    nothing but them.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.feature_extraction.text import HashingVectorizer
 
-    everything = left if right is None else left + right
-    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True).fit_transform(everything)
-    first = vectors[: len(left)]
-    close = (first @ (first if right is None else vectors[len(left) :]).T).tocoo()
+    grams = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 5), binary=True, alternate_sign=False)
+    first = grams.transform(left)
+    close = (first @ (first if right is None else grams.transform(right)).T).tocoo()
     return sorted((int(i), int(j)) for i, j, v in zip(close.row, close.col, close.data) if v > threshold and (right is not None or i < j))

@@ -95,7 +95,8 @@ def _resolve(name: str) -> tuple[Path, str | None]:
         return path, None
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ModelError(
-            f"no model called {name!r}: give {EMBEDDED!r}, {SAFE!r}, a folder, a .gguf file, or a hub id such as 'Qwen/Qwen2.5-0.5B-Instruct'"
+            f"no model called {name!r}: give {EMBEDDED!r}, {SAFE!r}, a folder, a .gguf file, "
+            "or a hub id such as 'Qwen/Qwen2.5-0.5B-Instruct'"
         )
     return hub_snapshot(name), None
 
@@ -156,15 +157,25 @@ def check_gguf(path: Path) -> None:
 
 
 def _with_adapter(model, adapter: str | Path):
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
     folder = Path(adapter).expanduser()
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"{folder} is not a PEFT adapter: adapter_config.json and adapter_model.safetensors are needed")
     try:
-        return PeftModel.from_pretrained(model, folder)
+        model = PeftModel.from_pretrained(model, folder)
+        with safe_open(folder / "adapter_model.safetensors", "np") as file:
+            stored = set(file.keys())
     except Exception as error:
         raise ModelError(f"the adapter in {folder} does not fit this model: {error}") from error
+    # PEFT loads what fits and leaves the rest: silent where another model's adapter shares a few module names
+    unmatched = {key for key in stored ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)) if "lora_" in key}
+    if unmatched:
+        raise ModelError(
+            f"the adapter in {folder} does not fit this model: {len(unmatched)} tensors have no counterpart, such as {min(unmatched)}"
+        )
+    return model
 
 
 def _merged(model, adapter: Path):
@@ -241,9 +252,15 @@ def render_prompts(tokenizer, prompts: list[str], *, system: str | None = None, 
 
 
 def render_pairs(
-    tokenizer, prompts: list[str], responses: list[str], *, system: str | None = None, max_length: int | None = None
+    tokenizer,
+    prompts: list[str],
+    responses: list[str],
+    *,
+    complete: list[bool] | None = None,
+    system: str | None = None,
+    max_length: int | None = None,
 ) -> list[Rendered]:
-    """(prompt, response) -> token ids, the end-of-turn token included in the response.
+    """(prompt, response) -> token ids, the end-of-turn token included in a response unless ``complete`` says it goes on.
 
     A pair longer than ``max_length`` loses the end of its response; a prompt that leaves no room for a
     response raises ValueError.
@@ -253,12 +270,14 @@ def render_pairs(
     special = _special_strings(tokenizer)
     end = end_of_turn_ids(tokenizer, system)
     pairs = []
-    for index, (ids, response) in enumerate(zip(render_prompts(tokenizer, prompts, system=system), responses)):
+    for index, (ids, response) in enumerate(zip(render_prompts(tokenizer, prompts, system=system), responses, strict=True)):
         _check_text(response, index, "response")
         if max_length is not None and len(ids) >= max_length:
             raise ValueError(f"prompt {index} has {len(ids):,} tokens and leaves no room for a response within {max_length:,}")
-        split = any(s in response for s in special)
-        tokens = ids + tokenizer(response, add_special_tokens=False, split_special_tokens=split).input_ids + end
+        hostile = any(s in response for s in special)
+        tokens = ids + (_plain_ids(tokenizer, response) if hostile else tokenizer(response, add_special_tokens=False).input_ids)
+        if complete is None or complete[index]:
+            tokens += end
         pairs.append(Rendered(tokens[:max_length], len(ids)))
     return pairs
 
@@ -267,8 +286,9 @@ def end_of_turn_ids(tokenizer, system: str | None = None) -> list[int]:
     """What the template puts after a response, up to its first special token: what ends the turn."""
     after = _frame(tokenizer, system, response=True).split(_RESPONSE)[1]
     ids = tokenizer(after, add_special_tokens=False).input_ids
+    special = tokenizer.convert_tokens_to_ids(_special_strings(tokenizer))
     for position, token in enumerate(ids):
-        if token in tokenizer.all_special_ids:
+        if token in special:
             return ids[: position + 1]
     return [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else ids
 
@@ -301,7 +321,15 @@ def _frame(tokenizer, system: str | None, *, response: bool) -> str:
 
 
 def _special_strings(tokenizer) -> list[str]:
+    # not tokenizer.all_special_tokens: Gemma 3 and Phi-3 do not list their end of turn there
     return [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+
+
+def _plain_ids(tokenizer, text: str) -> list[int]:
+    """Text -> token ids, special tokens in it being ordinary characters."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    tokenizer("", add_special_tokens=False)  # the backend keeps that setting until the next call
+    return ids
 
 
 def _fill(tokenizer, frame: str, texts: dict[str, str]) -> list[int]:
@@ -318,7 +346,7 @@ def _fill(tokenizer, frame: str, texts: dict[str, str]) -> list[int]:
         start, mark = min(found)
         if start:
             ids += tokenizer(frame[:start], add_special_tokens=False).input_ids
-        ids += tokenizer(texts[mark].strip(), add_special_tokens=False, split_special_tokens=True).input_ids
+        ids += _plain_ids(tokenizer, texts[mark].strip())
         frame = frame[start + len(mark) :]
     return ids
 

@@ -78,7 +78,10 @@ def plot_history(histories: dict[str, list[dict]], key: str, *, ylabel: str, ax:
     """A training signal by step, one line an arm, smoothed over 5 steps (raw values faint behind)."""
     for arm, history in histories.items():
         colour, _, label = ARM_STYLE[arm]
-        steps, values = np.array([(h["step"], h[key]) for h in history if key in h]).T
+        points = [(h["step"], h[key]) for h in history if key in h]
+        if not points:  # plain SFT, for one, has no KL
+            continue
+        steps, values = np.array(points).T
         smooth = np.convolve(np.pad(values, 2, mode="edge"), np.ones(5) / 5, mode="valid")
         ax.plot(steps, values, color=colour, alpha=0.25, lw=1)
         ax.plot(steps, smooth, color=colour, lw=2, label=label)
@@ -104,8 +107,8 @@ def plot_risks(risks, harmful, *, ax: Axes) -> Axes:
 def save_figure(figure: Figure, path: str | Path, numbers: dict, alt: str) -> None:
     """Write ``path`` (PNG) and beside it the numbers behind it (JSON, with the alternative text)."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"alt": alt} | numbers, indent=1) + "\n"
     with atomic_path(path) as temp:
         figure.savefig(temp, format="png", metadata={"Description": alt, "Software": None})
     with atomic_path(path.with_suffix(".json")) as temp:
-        temp.write_text(json.dumps({"alt": alt} | numbers, indent=1) + "\n", encoding="utf-8")
+        temp.write_text(text, encoding="utf-8")

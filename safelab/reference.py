@@ -64,7 +64,8 @@ class AdapterOffReference:
         """Reference logits ``(n, vocabulary)`` at ``mask``; no gradient."""
         peft_model = _peft_model(model)
         with torch.no_grad(), peft_model.disable_adapter():
-            return response_logits(model, inputs, mask)
+            # not the DDP wrapper: its forward pass would wait for processes that have nothing to hold to the reference
+            return response_logits(peft_model, inputs, mask)
 
 
 class ModelReference:
@@ -82,7 +83,7 @@ class ModelReference:
 class CachedReference:
     """Final hidden states of the reference, by example; the (frozen) output head is applied at each step."""
 
-    def __init__(self, states: list[torch.Tensor]) -> None:
+    def __init__(self, states: dict[int, torch.Tensor]) -> None:
         self.states = states
 
     @classmethod
@@ -99,15 +100,17 @@ class CachedReference:
 
         was_training = model.training
         model.eval()
-        with torch.no_grad(), off, autocast(), _head_input(model, capture):
+        with torch.no_grad(), off, autocast(), _head_input(model, capture) as head:
             for batch in batches:
                 captured.clear()
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+                if not torch.allclose(head(captured[0]).to(logits.dtype), logits):
+                    raise ValueError("this model caps or scales its logits, which the cache would miss: use reference='adapter-off'")
                 mask, _ = response_positions(batch["labels"])
                 for row, index in enumerate(batch["index"].tolist()):
                     states[index] = captured[0][row][mask[row]].clone()
         model.train(was_training)
-        return cls([states[i] for i in range(len(states))])
+        return cls(states)
 
     def logits(self, model: nn.Module, inputs: dict, mask: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Reference logits ``(n, vocabulary)`` at ``mask``; no gradient."""

@@ -65,16 +65,18 @@ class AdaptiveSFTConfig(SFTConfig):
 
 
 def tokenize_pairs(tokenizer, dataset: Dataset, *, max_length: int | None = 1024) -> Dataset:
-    """Columns ``prompt``, ``response`` (and ``risk``, ``system`` if there) -> ``input_ids``, ``labels``, ``risk``, ``index``.
+    """Columns ``prompt``, ``response`` (optional ``risk``, ``complete``) -> ``input_ids``, ``labels``, ``risk``, ``index``.
 
-    Labels are masked by position, not by token id: in many tokenizers padding and end of turn are one token, and
+    ``complete`` is False for a response that was cut off: then no end of turn is learned. Labels are masked by position, not by token id: in many tokenizers padding and end of turn are one token, and
     the end of the turn must be learned.
     """
-    missing = {"prompt", "response"} - set(dataset.column_names)
-    if missing:
-        raise ValueError(f"the training data has no column {', '.join(sorted(missing))}; it has {', '.join(dataset.column_names)}")
-    pairs = render_pairs(tokenizer, list(dataset["prompt"]), list(dataset["response"]), max_length=max_length)
-    risks = dataset["risk"] if "risk" in dataset.column_names else [0.0] * len(dataset)
+    _check_columns(dataset)
+    complete = list(dataset["complete"]) if "complete" in dataset.column_names else None
+    pairs = render_pairs(tokenizer, list(dataset["prompt"]), list(dataset["response"]), complete=complete, max_length=max_length)
+    risks = list(dataset["risk"]) if "risk" in dataset.column_names else [0.0] * len(dataset)
+    for index, risk in enumerate(risks):
+        if risk is None or not 0 <= risk <= 1:
+            raise ValueError(f"risk {index} is {risk}, expected a number in [0, 1]")
     return Dataset.from_list(
         [
             {
@@ -86,6 +88,12 @@ def tokenize_pairs(tokenizer, dataset: Dataset, *, max_length: int | None = 1024
             for index, (pair, risk) in enumerate(zip(pairs, risks))
         ]
     )
+
+
+def _check_columns(dataset: Dataset) -> None:
+    missing = {"prompt", "response"} - set(dataset.column_names)
+    if missing:
+        raise ValueError(f"the training data has no column {', '.join(sorted(missing))}; it has {', '.join(dataset.column_names)}")
 
 
 @dataclass
@@ -132,7 +140,10 @@ class AdaptiveSFTTrainer(SFTTrainer):
 
     def __init__(self, model, args: AdaptiveSFTConfig, train_dataset: Dataset, *, processing_class, critic=None, reference_model=None, **kwargs: Any):
         if critic is not None:
+            _check_columns(train_dataset)
             risks = critic.score(list(train_dataset["prompt"]), list(train_dataset["response"]))
+            if len(risks) != len(train_dataset):
+                raise ValueError(f"the critic gave {len(risks)} risks for {len(train_dataset)} examples")
             if "risk" in train_dataset.column_names:
                 train_dataset = train_dataset.remove_columns("risk")
             train_dataset = train_dataset.add_column("risk", np.asarray(risks, dtype=float).tolist())
@@ -165,12 +176,16 @@ class AdaptiveSFTTrainer(SFTTrainer):
             return AdapterOffReference()
         if any(p.requires_grad for p in self.model.get_output_embeddings().parameters()):
             raise ValueError("reference='cached' needs a frozen output head: use reference='adapter-off'")
-        return CachedReference.build(self.model, self._length_sorted_batches(), autocast=self.accelerator.autocast)
+        return CachedReference.build(self.model, self._held_batches(), autocast=self.accelerator.autocast)
 
-    def _length_sorted_batches(self, size: int = 16):
-        rows = sorted(range(len(self.train_dataset)), key=lambda i: len(self.train_dataset[i]["input_ids"]))
-        for start in range(0, len(rows), size):
-            batch = self.data_collator([self.train_dataset[i] for i in rows[start : start + size]])
+    def _held_batches(self, size: int = 32):
+        """Batches, sorted by length, of the examples that are ever held to the reference."""
+        rows = sorted(self.train_dataset, key=lambda row: len(row["input_ids"]))
+        if self.args.granularity == "example":
+            _, beta = self.args.schedule(torch.tensor([row["risk"] for row in rows]))
+            rows = [row for row, b in zip(rows, beta.tolist()) if b > 0]
+        for start in tqdm(range(0, len(rows), size), desc="reference", unit="batch", leave=False):
+            batch = self.data_collator(rows[start : start + size])
             yield {k: v.to(self.model.device) for k, v in batch.items()}
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -188,9 +203,11 @@ class AdaptiveSFTTrainer(SFTTrainer):
         nll = token_nll(logits, targets)
         loss = (alpha[row] * nll).sum()
         self._signals["nll"].append(nll.mean().item())
-        if self.reference is not None:
-            kl = token_kl(self.reference.logits(model, forward, mask, index), logits)
-            loss = loss + (beta[row] * kl).sum()
+        held = beta > 0  # an example that is not held needs no reference
+        if bool(held.any()):
+            reference = self.reference.logits(model, forward, mask & held[:, None], index[held])
+            kl = token_kl(reference, logits[held[row]])
+            loss = loss + (beta[row][held[row]] * kl).sum()
             self._signals["kl"].append(kl.mean().item())
         self._signals["risk"].append(risk.mean().item())
         self._signals["beta"].append(beta.mean().item())

@@ -1,0 +1,35 @@
+"""Every notebook runs from top to bottom, in its quick mode."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+
+
+def in_quick_mode(notebook):
+    """The same notebook with QUICK = True in its parameters cell."""
+    (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    assert "QUICK = " in cell.source
+    cell.source += "\nQUICK = True"
+    return notebook
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_runs_in_quick_mode(path, tmp_path):
+    notebook = in_quick_mode(nbformat.read(path, as_version=4))
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    assert all(c.execution_count for c in notebook.cells if c.cell_type == "code")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_is_fit_to_commit(path):
+    """Has a kernel, is small, and holds no widget state and no path of the machine that ran it."""
+    notebook = nbformat.read(path, as_version=4)
+    text = path.read_text(encoding="utf-8")
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "widgets" not in notebook.metadata
+    assert path.stat().st_size < 1_000_000
+    assert not [word for word in ("/root/", "/home/", "/work/", "/tmp/", "site-packages") if word in text]

@@ -1,0 +1,209 @@
+"""Activations: the same numbers as one prompt at a time, and as transformers' own hidden states."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES
+
+from safelab.activations import Activations, extract_activations
+from safelab.models import decoder_layers, render_pairs, render_prompts
+
+# From one token to several hundred, not sorted: batches pad a lot, and Gemma's window of 16 tokens is exceeded.
+PROMPTS = [
+    "Tell me about the history of the city, its rivers and its bridges. " * 6,
+    "x",
+    "How do I bake bread at home?",
+    "日本語 🍞",
+    "Mix flour, water, salt and yeast, and wait. Then first, second, third." * 3,
+    "Why?",
+    "Sorry, but I will not write such a thing.",
+]
+RESPONSES = ["No.", "Sure, here is a list of the steps. " * 5, "y", "I cannot help with that.", "Mix.", "🍞" * 40, "a b"]
+
+
+@pytest.fixture
+def small(tiny_model, tiny_tokenizer):
+    return tiny_model("llama3"), tiny_tokenizer("llama3")
+
+
+@torch.no_grad()
+def block_outputs(model, ids: list[int]) -> np.ndarray:
+    """``(layers + 1, tokens, width)`` of one unpadded text: hidden states, the last before the final norm."""
+    before_norm = []
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    handle = base.model.norm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0]))
+    try:
+        states = model(input_ids=torch.tensor([ids]), output_hidden_states=True, use_cache=False).hidden_states
+    finally:
+        handle.remove()
+    return torch.cat([*states[:-1], before_norm[0]]).numpy()
+
+
+def pooled(states: np.ndarray, position: str, start: int = 0) -> np.ndarray:
+    return states[:, -1] if position == "last" else states[:, start:].astype(np.float64).mean(1)
+
+
+def hooks(model) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+@pytest.mark.parametrize("position", ["last", "mean"])
+def test_a_padded_batch_gives_what_each_prompt_gives_alone(family, position):
+    model, tokenizer = family
+    ids = render_prompts(tokenizer, PROMPTS)
+    assert min(map(len, ids)) < 40 and max(map(len, ids)) > 150
+    got = extract_activations(model, tokenizer, PROMPTS, position=position, half=False, batch_size=len(PROMPTS))
+    expected = np.stack([pooled(block_outputs(model, row), position) for row in ids])
+    assert got.values.shape == (len(PROMPTS), 5, 32) and got.values.dtype == np.float32
+    assert got.layers == (0, 1, 2, 3, 4) and got.position == position
+    np.testing.assert_allclose(got.values, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", ["last", "mean"])
+def test_with_responses_the_position_is_over_the_response(family, position):
+    model, tokenizer = family
+    pairs = render_pairs(tokenizer, PROMPTS, RESPONSES)
+    got = extract_activations(model, tokenizer, PROMPTS, RESPONSES, position=position, half=False, batch_size=3)
+    expected = np.stack([pooled(block_outputs(model, p.input_ids), position, p.prompt_length) for p in pairs])
+    np.testing.assert_allclose(got.values, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_adapter_counts_when_it_is_on_and_only_then(name, tiny_model, tiny_tokenizer, random_lora):
+    tokenizer = tiny_tokenizer(name)
+    plain = extract_activations(tiny_model(name), tokenizer, PROMPTS, half=False)
+    tuned = random_lora(tiny_model(name))
+    on = extract_activations(tuned, tokenizer, PROMPTS, half=False)
+    expected = np.stack([pooled(block_outputs(tuned, ids), "last") for ids in render_prompts(tokenizer, PROMPTS)])
+    np.testing.assert_allclose(on.values, expected, rtol=0, atol=1e-4)
+    assert (np.abs(on.values - plain.values)[:, 1:].max(axis=(0, 2)) > 0.05).all(), "the adapter changes each block"
+    with tuned.disable_adapter():
+        off = extract_activations(tuned, tokenizer, PROMPTS, half=False)
+    np.testing.assert_allclose(off.values, plain.values, rtol=0, atol=1e-5)
+
+
+def test_the_last_layer_is_before_the_final_norm(family):
+    model, tokenizer = family
+    last = extract_activations(model, tokenizer, PROMPTS, half=False, layers=[4]).values[:, 0]
+    with torch.no_grad():
+        normed = model.model.norm(torch.from_numpy(last))
+        for row, ids in zip(normed, render_prompts(tokenizer, PROMPTS), strict=True):
+            torch.testing.assert_close(model.lm_head(row), model(torch.tensor([ids])).logits[0, -1], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("layers", [[0], [4], [1, 3], [3, 1, 3], [0, 2], (4, 0)])
+def test_chosen_layers_are_a_slice_of_all(small, layers):
+    model, tokenizer = small
+    every = extract_activations(model, tokenizer, PROMPTS, half=False)
+    some = extract_activations(model, tokenizer, PROMPTS, half=False, layers=layers)
+    assert some.layers == tuple(sorted(set(layers)))
+    np.testing.assert_array_equal(some.values, every.values[:, some.layers])
+    for layer in some.layers:
+        np.testing.assert_array_equal(some.layer(layer), every.layer(layer))
+
+
+@pytest.mark.parametrize("layers, blocks_run", [([0], [0, 0, 0, 0]), ([1], [1, 0, 0, 0]), ([0, 3], [1, 1, 1, 0]), (None, [1, 1, 1, 1])])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_nothing_runs_past_the_deepest_layer(small, random_lora, layers, blocks_run, adapter):
+    model, tokenizer = small
+    blocks = decoder_layers(model)
+    head = model.lm_head
+    model = random_lora(model) if adapter else model
+    runs = []
+    for number, module in enumerate([*(block.mlp for block in blocks), head]):
+        module.register_forward_hook(lambda *_, number=number: runs.append(number))
+    extract_activations(model, tokenizer, PROMPTS[:3], layers=layers, batch_size=3)
+    assert [runs.count(number) for number in range(5)] == [*blocks_run, 0]
+
+
+def test_results_come_in_the_order_of_the_prompts(small):
+    model, tokenizer = small
+    one = extract_activations(model, tokenizer, PROMPTS, half=False, batch_size=1).values
+    for batch_size in (2, 3, 64):
+        got = extract_activations(model, tokenizer, PROMPTS, half=False, batch_size=batch_size).values
+        np.testing.assert_allclose(got, one, rtol=0, atol=1e-4)
+    backwards = extract_activations(model, tokenizer, PROMPTS[::-1], half=False, batch_size=2).values
+    np.testing.assert_allclose(backwards[::-1], one, rtol=0, atol=1e-4)
+    assert len(np.unique(one[:, -1].round(3), axis=0)) == len(PROMPTS), "the prompts should differ, or their order cannot show"
+
+
+def test_bfloat16_is_the_default_on_a_cpu_and_close(small):
+    model, tokenizer = small
+    exact = extract_activations(model, tokenizer, PROMPTS, half=False).values
+    half = extract_activations(model, tokenizer, PROMPTS, half=True).values
+    assert half.dtype == np.float32
+    assert 1e-5 < np.abs(half - exact)[:, 1:].max() < 0.05 * np.abs(exact).max()
+    np.testing.assert_array_equal(extract_activations(model, tokenizer, PROMPTS).values, half)
+
+
+def test_a_model_in_bfloat16_gives_float32(small):
+    model, tokenizer = small
+    exact = extract_activations(model, tokenizer, PROMPTS, half=False).values
+    got = extract_activations(model.to(torch.bfloat16), tokenizer, PROMPTS, position="last", half=False).values
+    assert got.dtype == np.float32 and np.abs(got - exact).max() < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_model_is_left_as_it_was(small, training, fails):
+    model, tokenizer = small
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = model(ids, output_hidden_states=True)
+    attached = hooks(model)
+    model.train(training)
+    if fails:
+        handle = model.model.layers[2].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            extract_activations(model, tokenizer, PROMPTS)
+        handle.remove()
+    else:
+        extract_activations(model, tokenizer, PROMPTS, layers=[2])
+    assert hooks(model) == attached
+    assert all(module.training is training for module in model.modules())
+    after = model.eval()(ids, output_hidden_states=True)
+    assert torch.is_grad_enabled() and after.logits.requires_grad and len(after.hidden_states) == 5
+    torch.testing.assert_close(after.logits, before.logits, rtol=0, atol=0)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_dropout_is_off(tiny_model, tiny_tokenizer):
+    model, tokenizer = tiny_model("llama3", attention_dropout=0.5), tiny_tokenizer("llama3")
+    expected = extract_activations(model, tokenizer, PROMPTS, half=False).values
+    np.testing.assert_array_equal(extract_activations(model.train(), tokenizer, PROMPTS, half=False).values, expected)
+
+
+@pytest.mark.parametrize("layers", [[5], [-1], [0, 99], []])
+def test_unknown_layers(small, layers):
+    with pytest.raises(ValueError, match=r"this model has 0 \(embeddings\) to 4"):
+        extract_activations(*small, PROMPTS, layers=layers)
+
+
+def test_other_wrong_arguments(small):
+    with pytest.raises(ValueError, match="'first': expected one of last, mean"):
+        extract_activations(*small, PROMPTS, position="first")
+    with pytest.raises(ValueError, match="no prompts"):
+        extract_activations(*small, [])
+    with pytest.raises(ValueError, match="7 prompts but 1 responses"):
+        extract_activations(*small, PROMPTS, ["one"])
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        extract_activations(*small, ["a", " "])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(small, value):
+    model, tokenizer = small
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 3] = value
+    assert np.isfinite(extract_activations(model, tokenizer, PROMPTS, layers=[1], half=False).values).all()
+    with pytest.raises(ValueError, match="not finite.*float32 or bfloat16"):
+        extract_activations(model, tokenizer, PROMPTS, half=False)
+
+
+def test_a_layer_that_was_not_extracted():
+    activations = Activations(np.zeros((2, 2, 3), dtype=np.float32), (1, 4), "last")
+    assert activations.layer(4).shape == (2, 3)
+    with pytest.raises(ValueError, match="layer 2 was not extracted; there are 1, 4"):
+        activations.layer(2)
