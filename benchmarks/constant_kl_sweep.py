@@ -14,7 +14,7 @@ from pathlib import Path
 from safelab.attacks import mixture
 from safelab.cli import _quiet
 from safelab.defenses import ConstantKL
-from safelab.experiments import Budget, Suite, run_cell, summarise, versions, with_time_left
+from safelab.experiments import DEMO_EXAMPLES, Budget, Suite, run_cell, summarise, versions, with_time_left
 from safelab.models import SAFE
 from safelab.sources import write_atomic
 
@@ -27,7 +27,7 @@ def main() -> None:
     rows = []
     for beta, left in with_time_left(list(BETAS)):
         print(f"beta {beta}{left}", flush=True)
-        row = run_cell("mixture-10", mixture(0.1, 240, SEED), ConstantKL(beta), SEED, model=SAFE, budget=Budget(), suite=Suite())
+        row = run_cell("mixture-10", mixture(0.1, DEMO_EXAMPLES, SEED), ConstantKL(beta), SEED, model=SAFE, budget=Budget(), suite=Suite())
         rows.append({"beta": beta} | {k: v for k, v in summarise("constant-kl", [row]).items() if k not in ("by_seed", "arm")})
         print({k: round(rows[-1][k]["mean"], 3) for k in ("asr", "asr_strongreject", "over_refusal", "utility")}, flush=True)
     best = max(rows, key=lambda r: r["utility"]["mean"] - r["asr"]["mean"])["beta"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,9 +42,9 @@ def load_prompts(name: str | Path, split: str | None = None, *, label: int | Non
     ----------
     name
         ``"harmful"`` and ``"twins"`` (ours: each harmful prompt has a benign twin that shares its words),
-        ``"everyday"`` (ours, benign), ``"advbench"``, ``"strongreject"`` (both harmful, public), or a path.
+        ``"hard-harmful"`` and ``"hard-twins"`` (ours: pairs that hang on a single word), ``"everyday"`` (ours, benign), ``"advbench"``, ``"strongreject"`` (both harmful, public), or a path.
     split
-        One of :data:`SPLITS`, or None for all rows. StrongREJECT only has ``eval``; files have no splits.
+        One of :data:`SPLITS`, or None for all rows. StrongREJECT and the hard pairs only have ``eval``; files have no splits.
     label
         Label for a file's rows that bring none.
 
@@ -126,16 +126,8 @@ def _own(file: str) -> list[dict]:
 
 
 @lru_cache
-def _pairs() -> list[dict]:
-    return _own("pairs.jsonl")
-
-
-def _harmful() -> list[dict]:
-    return [_row(p["harmful"], 1, p["category"], "safelab", p["split"]) for p in _pairs()]
-
-
-def _twins() -> list[dict]:
-    return [_row(p["benign"], 0, p["category"], "safelab-twin", p["split"]) for p in _pairs()]
+def _pairs(file: str, column: str, source: str) -> list[dict]:
+    return [_row(p[column], int(column == "harmful"), p["category"], source, p["split"]) for p in _own(file)]
 
 
 @lru_cache
@@ -173,8 +165,10 @@ def _row(prompt: str, label: int, category: str, source: str, split: str) -> dic
 
 
 PROMPT_SETS = {
-    "harmful": _Registered(_harmful, SPLITS),
-    "twins": _Registered(_twins, SPLITS),
+    "harmful": _Registered(partial(_pairs, "pairs.jsonl", "harmful", "safelab"), SPLITS),
+    "twins": _Registered(partial(_pairs, "pairs.jsonl", "benign", "safelab-twin"), SPLITS),
+    "hard-harmful": _Registered(partial(_pairs, "hard_pairs.jsonl", "harmful", "safelab-hard"), ("eval",)),
+    "hard-twins": _Registered(partial(_pairs, "hard_pairs.jsonl", "benign", "safelab-hard-twin"), ("eval",)),
     "everyday": _Registered(_everyday, SPLITS),
     "advbench": _Registered(_advbench, SPLITS),
     "strongreject": _Registered(_strongreject, ("eval",)),

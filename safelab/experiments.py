@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 class Budget:
     """What every arm gets: the same steps on the same data."""
 
-    learning_rate: float = 2e-4
-    epochs: int = 3
+    learning_rate: float = 1e-3
+    epochs: int = 1
     batch_size: int = 8
     rank: int = 16
 
@@ -51,7 +51,7 @@ class Budget:
 class Suite:
     """How many held-out cases judge a model (None: all there are); always the same ones."""
 
-    harmful: int | None = 120
+    harmful: int | None = 100
     strongreject: int | None = 60
     benign: int | None = 100
     task: int = 400
@@ -161,6 +161,7 @@ def fine_tune(model, tokenizer, data: Dataset, defense: Defense, seed: int, budg
 # ------------------------------------------------------------------------------------------- demo
 
 DEMO_ARMS = ("initial", "sft", "constant-kl", "adaptive-probe")
+DEMO_EXAMPLES = 720
 DEMO_BETA = 0.5
 """The fixed beta of the constant-kl arm: the best of the sweep kept in benchmarks/constant_kl_sweep.json."""
 
@@ -181,9 +182,9 @@ def run_demo(
 
     started = time.monotonic()
     model = model or SAFE
-    budget = Budget(epochs=1) if quick else Budget()
+    budget = Budget()
     suite = Suite(harmful=24, strongreject=12, benign=24, task=100) if quick else Suite()
-    share, n = 0.1, 80 if quick else 240
+    share, n = 0.1, 240 if quick else DEMO_EXAMPLES
     cells = [(arm, seed) for seed in seeds for arm in arms]
     rows = []
     for (arm, seed), left in with_time_left(cells):

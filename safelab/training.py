@@ -73,16 +73,17 @@ def tokenize_pairs(tokenizer, dataset: Dataset, *, max_length: int | None = 1024
     _check_columns(dataset)
     complete = list(dataset["complete"]) if "complete" in dataset.column_names else None
     pairs = render_pairs(tokenizer, list(dataset["prompt"]), list(dataset["response"]), complete=complete, max_length=max_length)
-    risks = list(dataset["risk"]) if "risk" in dataset.column_names else [0.0] * len(dataset)
+    given = dataset["risk"] if "risk" in dataset.column_names else [0.0] * len(dataset)
+    risks = [float("nan" if risk is None else risk) for risk in given]
     for index, risk in enumerate(risks):
-        if risk is None or not 0 <= risk <= 1:
+        if not 0 <= risk <= 1:
             raise ValueError(f"risk {index} is {risk}, expected a number in [0, 1]")
     return Dataset.from_list(
         [
             {
                 "input_ids": pair.input_ids,
                 "labels": [-100] * pair.prompt_length + pair.input_ids[pair.prompt_length :],
-                "risk": float(risk),
+                "risk": risk,
                 "index": index,
             }
             for index, (pair, risk) in enumerate(zip(pairs, risks))

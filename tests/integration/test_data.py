@@ -40,12 +40,13 @@ def test_near_duplicates_would_be_found():
 
 def test_sets_are_as_large_as_the_datasheet_says():
     count = {name: collections.Counter(load_prompts(name)["split"]) for name in PROMPT_SETS}
-    assert count["harmful"] == count["twins"] == {"align": 1070, "probe": 160, "attack": 120, "eval": 120}
+    assert count["harmful"] == count["twins"] == {"align": 741, "probe": 80, "attack": 60, "eval": 100}
+    assert count["hard-harmful"] == count["hard-twins"] == {"eval": 612}
     assert count["everyday"] == {"align": 380, "probe": 140, "attack": 40, "eval": 200}
     assert count["advbench"] == {"align": 109, "probe": 86, "attack": 190, "eval": 131}
     assert count["strongreject"] == {"eval": 313}
     assert len(set(load_prompts("everyday")["category"])) == 19
-    assert min(collections.Counter(load_prompts("harmful")["category"]).values()) >= 150
+    assert min(collections.Counter(load_prompts("harmful")["category"]).values()) >= 45
 
 
 def test_twins_share_words_with_their_harmful_prompt():
@@ -56,20 +57,18 @@ def test_twins_share_words_with_their_harmful_prompt():
     assert min(shared) >= 2
 
 
-def test_wording_does_not_tell_twins_from_harmful_prompts():
-    """A bag of words trained on the training pairs is near chance on held-out ones."""
+def test_wording_does_not_tell_hard_twins_from_harmful_prompts():
+    """A bag of words trained on half of the hard pairs is near chance on the other half."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
     from sklearn.pipeline import make_pipeline
 
-    def both(split):
-        harmful, benign = list(load_prompts("harmful", split)["prompt"]), list(load_prompts("twins", split)["prompt"])
-        return harmful + benign, [1] * len(harmful) + [0] * len(benign)
-
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000)).fit(*both("probe"))
-    x, y = both("eval")
-    assert 0.35 < roc_auc_score(y, model.predict_proba(x)[:, 1]) < 0.65
+    harmful, benign = list(load_prompts("hard-harmful")["prompt"]), list(load_prompts("hard-twins")["prompt"])
+    y = [1] * len(harmful[::2]) + [0] * len(benign[::2])
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000)).fit(harmful[::2] + benign[::2], y)
+    y = [1] * len(harmful[1::2]) + [0] * len(benign[1::2])
+    assert 0.35 < roc_auc_score(y, model.predict_proba(harmful[1::2] + benign[1::2])[:, 1]) < 0.65
 
 
 def test_compliance_is_redacted():
@@ -104,5 +103,5 @@ def test_task_splits_are_disjoint_and_balanced():
 
 
 def test_too_many_harmful_examples_is_an_error():
-    with pytest.raises(ValueError, match="attack split has 1 to 310"):
-        explicit_harmful(311)
+    with pytest.raises(ValueError, match="attack split has 1 to 250"):
+        explicit_harmful(251)

@@ -1,0 +1,98 @@
+"""Rows, their cache, and what is said about time."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from safelab import experiments
+from safelab.defenses import SFT, ConstantKL
+from safelab.experiments import Budget, Suite, fingerprint, peak_memory, pooled, run_cell, summarise, with_time_left
+
+DATA = Dataset.from_dict({"prompt": ["a", "b"], "response": ["c", "d"], "harmful": [0, 1]})
+
+
+@pytest.fixture
+def no_model(monkeypatch, tmp_path):
+    """run_cell with everything that computes replaced; counts what would have been run."""
+    runs = []
+    monkeypatch.setenv("SAFELAB_HOME", str(tmp_path))
+    monkeypatch.setattr("safelab.models.load_model", lambda name: (type("M", (), {"device": type("D", (), {"type": "cpu"})})(), None))
+    monkeypatch.setattr(experiments, "fine_tune", lambda model, *a, **k: (runs.append(a), (model, {"step_seconds": 1.0, "history": []}))[1])
+    monkeypatch.setattr(Suite, "measure", lambda self, *a: {"asr": [0, 1], "utility": [1, 1]})
+    monkeypatch.setattr(experiments, "_weights_hash", lambda model: "w")
+    return runs
+
+
+def cell(defense=None, seed=0, data=DATA, **kwargs):
+    return run_cell("attack", data, defense, seed, model="m", budget=Budget(), suite=Suite(), **kwargs)
+
+
+def test_a_finished_row_is_read_not_run(no_model):
+    first = cell(SFT())
+    again = cell(SFT())
+    assert len(no_model) == 1 and again.pop("cached") and again == first
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"defense": ConstantKL(0.5)}, {"data": DATA.select([0])}, {"force": True}])
+def test_whatever_changes_the_result_runs_again(no_model, change):
+    cell(SFT())
+    cell(**{"defense": SFT(), **change})
+    assert len(no_model) == 2
+
+
+def test_a_run_that_fails_leaves_no_row(no_model, monkeypatch, tmp_path):
+    def stop(self, *a):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Suite, "measure", stop)
+    with pytest.raises(KeyboardInterrupt):
+        cell(SFT())
+    assert not list((tmp_path / "runs").glob("*.json"))
+
+
+def test_row_says_what_made_it(no_model):
+    row = cell(ConstantKL(0.3), seed=2)
+    assert (row["defense"], row["seed"], row["settings"]) == ("constant-kl", 2, {"beta_min": 0.3, "beta_max": 0.3})
+    assert row["versions"]["torch"] and row["data"] == fingerprint(DATA)
+    json.dumps(row)
+
+
+def test_seeds_add_no_cases():
+    """Two seeds on the same two cases: the mean of both, the interval of two cases."""
+    r = pooled([[1, 0], [1, 1]])
+    assert (r.mean, r.n) == (0.75, 2)
+    assert r.hi - r.lo > 0.4
+
+
+def test_summary_keeps_each_seed(no_model):
+    arm = summarise("sft", [cell(SFT()), cell(SFT(), seed=1)])
+    assert arm["asr"]["mean"] == 0.5 and [s["seed"] for s in arm["by_seed"]] == [0, 1]
+
+
+def test_fingerprint_sees_content_only():
+    assert fingerprint(DATA) == fingerprint(Dataset.from_list(list(DATA)))
+    assert fingerprint(DATA) != fingerprint(DATA.select([1, 0]))
+
+
+def test_time_left_counts_down(monkeypatch):
+    clock = iter([0.0, 0.0, 100.0, 200.0, 300.0])
+    monkeypatch.setattr(experiments.time, "monotonic", lambda: next(clock))
+    said = [text for _, text in with_time_left(["a", "b", "c"])]
+    assert said[0] == " (1 of 3)" and "about 3 min left" in said[1] and "about 2 min left" in said[2]
+
+
+def test_peak_memory_sees_what_was_freed():
+    with peak_memory() as small:
+        pass
+    with peak_memory() as large:
+        block = bytearray(300_000_000)
+        block[::4096] = b"x" * len(block[::4096])
+        del block
+    assert large[0] > small[0] + 200
+
+
+@pytest.mark.parametrize("field", ["learning_rate", "epochs", "batch_size", "rank"])
+def test_budget_must_be_positive(field):
+    with pytest.raises(ValueError, match="positive"):
+        Budget(**{field: 0})
