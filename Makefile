@@ -8,7 +8,7 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/safelab demo
 
-test: $(READY) .venv/.browser
+test: $(READY)
 	$(BIN)/python -m pytest
 
 test-fast: $(READY)
@@ -22,11 +22,6 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
-	touch $@
-
-# The browser tests drive Debian's chromium; elsewhere they use the chromium or google-chrome on PATH.
-.venv/.browser: | $(READY)
-	command -v chromium || command -v google-chrome || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium)
 	touch $@
 
 clean:

@@ -1,8 +1,8 @@
 """The safe start: teach a model to refuse what is harmful, and to stay as it was everywhere else.
 
-The same objective as adaptive training, turned round. Harmful prompts get a refusal (alpha = 1: NLL); benign
-prompts, twins of the harmful ones among them, get the model's own answer, half learned (NLL) and half held to the
-unaligned model (KL). So only what should change does.
+Harmful prompts get the opening of a refusal; benign prompts, twins of the harmful ones among them, get the opening of
+the model's own answer (and may be held to the unaligned model by KL besides). Only openings are learned: with whole
+responses nearly all of the loss is in the wording of refusals, and the one decision that matters is not learned.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class AlignmentRecipe:
     """What makes ``data/safe-adapter``: LoRA on all linear layers, AdamW, cosine schedule."""
 
     epochs: int = 2
-    learning_rate: float = 4e-4
+    learning_rate: float = 1e-3
     batch_size: int = 8
     rank: int = 8
     opening_tokens: int = 8  # of each response: whether to refuse is decided there, and nothing else is to be learned
-    hold: float = 0.5  # beta of benign examples; their alpha is 1 - hold
+    hold: float = 0.0  # beta of benign examples (their alpha is 1 - hold): how hard they are held to the unaligned model
     seed: int = 0
 
 
@@ -83,7 +83,7 @@ def own_answers(model, tokenizer, prompts: list[str], n_tokens: int) -> list[str
 def align(output: str | Path, recipe: AlignmentRecipe | None = None) -> Path:
     """Make the safe adapter for the embedded model -> ``output``, a PEFT adapter folder with ``recipe.json``.
 
-    About 20 minutes on two cores. Raises FileExistsError if ``output`` is there already.
+    About 10 minutes on two cores. Raises FileExistsError if ``output`` is there already.
     """
     import torch
     from safetensors.torch import load_file, save_file
