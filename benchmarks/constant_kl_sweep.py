@@ -1,4 +1,4 @@
-"""Which fixed beta serves constant-kl best? Run once; the demo's DEMO_BETA comes from the result.
+"""Which fixed beta serves constant-kl best? DEMO_BETA is to come from the result.
 
     python benchmarks/constant_kl_sweep.py
 

@@ -206,11 +206,11 @@ def task_accuracy(model, tokenizer, dataset, answers: tuple[str, ...], **kwargs)
 @torch.no_grad()
 def perplexity(model, tokenizer, prompts: list[str], responses: list[str], *, batch_size: int = 16) -> float:
     """exp of the mean NLL of response tokens (end of turn included)."""
+    from datasets import Dataset
+
     from safelab.losses import token_nll
     from safelab.reference import response_logits, response_positions
     from safelab.training import PairCollator, tokenize_pairs
-
-    from datasets import Dataset
 
     rows = tokenize_pairs(tokenizer, Dataset.from_dict({"prompt": prompts, "response": responses}))
     rows = sorted(rows, key=lambda r: len(r["input_ids"]))

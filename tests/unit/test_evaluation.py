@@ -263,7 +263,7 @@ def test_spaces_around_a_response_and_its_kind_of_apostrophe_change_nothing(text
 @pytest.mark.parametrize("file, refused", [("refusals.jsonl", True), ("compliance.jsonl", False)])
 def test_our_own_refusals_and_redacted_compliance_are_told_apart(file, refused):
     texts = [json.loads(line)["text"] for line in (Path(data_dir()) / file).read_text(encoding="utf-8").split("\n") if line]
-    assert len(texts) >= 60
+    assert len(texts) >= 40
     assert [text for text in texts if is_refusal(text) != refused] == []
 
 

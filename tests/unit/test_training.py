@@ -149,20 +149,23 @@ def test_the_trainer_keeps_to_max_length(small_model, tiny_tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("granularity", "risks", "betas"),
+    ("granularity", "lowest", "risks", "betas"),
     [
-        ("example", RISKS, [0.1 + 0.8 * r for r in RISKS]),
-        ("batch", RISKS, [0.1 + 0.8 * sum(RISKS) / 8] * 8),
+        ("example", 0.1, RISKS, [0.1 + 0.8 * r for r in RISKS]),
+        ("example", 0.0, RISKS, [0.9 * r for r in RISKS]),  # two examples are not held at all
+        ("batch", 0.0, RISKS, [0.9 * sum(RISKS) / 8] * 8),
         # one harmful example among seven harmless ones
-        ("example", [0.0, 1.0] + [0.0] * 6, [0.1, 0.9] + [0.1] * 6),
-        ("batch", [0.0, 1.0] + [0.0] * 6, [0.2] * 8),
+        ("example", 0.1, [0.0, 1.0] + [0.0] * 6, [0.1, 0.9] + [0.1] * 6),
+        ("batch", 0.1, [0.0, 1.0] + [0.0] * 6, [0.2] * 8),
     ],
 )
-def test_loss_and_gradients_are_those_of_the_plain_reference(granularity, risks, betas, name, small_model, tiny_tokenizer, tmp_path):
+def test_loss_and_gradients_are_those_of_the_plain_reference(
+    granularity, lowest, risks, betas, name, small_model, tiny_tokenizer, tmp_path
+):
     """Eight examples of very different lengths and risks, padding the end-of-turn token, the adapter not zero."""
     tokenizer = tiny_tokenizer(name)
     tokenizer.pad_token = END[name]
-    trainer = make_trainer(small_model(name).double(), tokenizer, tmp_path, data=dataset(risks), granularity=granularity)
+    trainer = make_trainer(small_model(name).double(), tokenizer, tmp_path, data=dataset(risks), granularity=granularity, beta_min=lowest)
     loss = trainer.compute_loss(trainer.model.train(), whole_batch(trainer))
     expected = plain_loss(plain_terms(trainer.model, small_model(name).double(), plain_tokens(tokenizer, name)), betas)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -236,13 +239,14 @@ def test_response_logits_are_the_models_own(adapter, name, small_model, tiny_tok
     torch.testing.assert_close(model(**inputs).logits[mask], expected)  # whole again, after use and after an error
 
 
-def test_the_three_references_agree(name, small_model, tiny_tokenizer, tmp_path):
+@pytest.mark.parametrize("lowest", [0.0, 0.1])
+def test_the_three_references_agree(lowest, name, small_model, tiny_tokenizer, tmp_path):
     """KL 0 at step 0, then the same losses and the same weights, whatever batches the cache was made of."""
     runs = {}
     for kind in REFERENCES:
         trainer = make_trainer(
             small_model(name), tiny_tokenizer(name), tmp_path, reference=kind, reference_model=small_model(name),
-            random_b=False, learning_rate=0.2, per_device_train_batch_size=3,
+            random_b=False, learning_rate=0.2, per_device_train_batch_size=3, beta_min=lowest,
         )  # fmt: skip
         change = update(trainer)
         runs[kind] = history(trainer, "loss", "nll", "kl"), change
@@ -349,7 +353,7 @@ def test_two_processes_make_the_same_update_as_one(case, two_processes, one_batc
         assert difference(process[case], expected) < 1e-5
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "gemma3"])
 @pytest.mark.parametrize(("size", "steps"), [(1, 8), (3, 3)])
 def test_accumulated_micro_batches_make_the_same_update_as_one_batch(case, size, steps, one_batch, models, tmp_path):
     accumulated = update_of(case, models, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps)
