@@ -199,6 +199,7 @@ def run_demo(
         "suite": asdict(suite),
         "versions": versions(),
         "elapsed_seconds": round(time.monotonic() - started, 1),
+        "compute_seconds": round(sum(r["seconds"] for r in rows), 1),  # of all rows, cached ones too
         "cached_rows": sum(bool(r.get("cached")) for r in rows),
         "command": "safelab demo" + (" --quick" if quick else "") + "".join(f" --seed {s}" for s in seeds),
     }

@@ -187,6 +187,18 @@ def test_full_fine_tuning_against_a_second_model(name, small_model, tiny_tokeniz
     assert not any(p.requires_grad or p.grad is not None for p in reference.parameters())
 
 
+@pytest.mark.parametrize("kind", ["cached", "adapter-off"])
+def test_the_reference_of_a_peft_model_is_the_model_without_its_adapter(kind, name, small_model, random_lora, tiny_tokenizer, tmp_path):
+    """The adapter changes the outputs from the start; were it on while the reference is computed, the KL would be 0."""
+    model, tokenizer = random_lora(small_model(name).double()), tiny_tokenizer(name)
+    trainer = make_trainer(model, tokenizer, tmp_path, lora=False, random_b=False, reference=kind)
+    with torch.no_grad():
+        loss = trainer.compute_loss(model.train(), whole_batch(trainer))
+        terms = plain_terms(model, small_model(name).double(), plain_tokens(tokenizer, name))
+    assert loss.item() == pytest.approx(plain_loss(terms, [0.1 + 0.8 * r for r in RISKS]).item(), rel=1e-6)
+    assert all(kl.mean() > 1e-3 for _, kl in terms)
+
+
 def test_padding_contributes_nothing(name, small_model, tiny_tokenizer, tmp_path):
     trainer = make_trainer(small_model(name).double(), tiny_tokenizer(name), tmp_path)
     batch = whole_batch(trainer)
