@@ -181,3 +181,22 @@ def saved_model(tmp_path_factory):
 def family(request):
     """``(model, tokenizer)`` of each family in turn, shared by the session: do not modify them."""
     return tiny_model(request.param), tiny_tokenizer(request.param)
+
+
+# ------------------------------------------------------------------------- the embedded model, for integration tests
+
+
+@pytest.fixture(scope="session")
+def safe_model():
+    """The safe start and its tokenizer, loaded once."""
+    from safelab.models import SAFE, load_model
+
+    return load_model(SAFE)
+
+
+@pytest.fixture(scope="session")
+def unaligned_model():
+    """The embedded model as published, and its tokenizer, loaded once."""
+    from safelab.models import EMBEDDED, load_model
+
+    return load_model(EMBEDDED)
