@@ -206,6 +206,16 @@ def test_the_adapter_on_disk_is_what_was_trained(tmp_path, pairs, saved_model, r
     assert after < 0.8 * before
 
 
+def test_a_training_follows_its_seed(tmp_path, pairs, saved_model, run):
+    weights = []
+    for number, seed in enumerate((0, 0, 1)):
+        out = tmp_path / str(number)
+        code, _, err = run("train", *_options(data=pairs, model=saved_model("llama3"), out=out, defense="sft", seed=seed), "--quick")
+        assert code == 0, err
+        weights.append((out / "adapter_model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
 def test_quick_takes_sixteen_examples_once(tmp_path, pairs, saved_model, run):
     out = tmp_path / "adapter"
     code, text, err = run("train", *_options(data=pairs, model=saved_model("llama3"), out=out, defense="sft"), "--quick", "--json")

@@ -251,14 +251,13 @@ def test_response_logits_are_the_models_own(adapter, name, small_model, tiny_tok
     torch.testing.assert_close(model(**inputs).logits[mask], expected)  # whole again, after use and after an error
 
 
-@pytest.mark.parametrize("lowest", [0.0, 0.1])
-def test_the_three_references_agree(lowest, name, small_model, tiny_tokenizer, tmp_path):
+def test_the_three_references_agree(name, small_model, tiny_tokenizer, tmp_path):
     """KL 0 at step 0, then the same losses and the same weights, whatever batches the cache was made of."""
     runs = {}
     for kind in REFERENCES:
         trainer = make_trainer(
             small_model(name), tiny_tokenizer(name), tmp_path, reference=kind, reference_model=small_model(name),
-            random_b=False, learning_rate=0.2, per_device_train_batch_size=3, beta_min=lowest,
+            random_b=False, learning_rate=0.2, per_device_train_batch_size=3, beta_min=0.0,  # two examples are not held at all
         )  # fmt: skip
         change = update(trainer)
         runs[kind] = history(trainer, "loss", "nll", "kl"), change
