@@ -1,12 +1,12 @@
 """Give every prompt its split, so that no split sees another's prompts or their near-duplicates.
 
-    python data/assign_splits.py [--add FILE.jsonl ...]
+    python data/assign_splits.py [--add FILE.jsonl ...] [--add-everyday FILE.jsonl ...]
 
 Writes the ``split`` of ``pairs.jsonl`` and ``everyday.jsonl`` and the file ``advbench_splits.json``.
 What has a split keeps it, so that what was trained on the splits stays valid; new rows are dealt. Near-duplicates
 (:func:`safelab.datasets.near_duplicates`) are grouped first and a group stays together; AdvBench rows near a
 StrongREJECT prompt, which only judges, go to ``eval``, and rows that would still be near another split are left out. Pairs of
-ours that nearly repeat a public prompt, and any but the first of a group of ours, are dropped.
+ours that nearly repeat a public prompt or one of the hard or balanced pairs, and any but the first of a group of ours, are dropped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 SEED = 0
 LEFT_OUT_FIRST = ("align", "eval", "attack", "probe")  # the last of two near-duplicates in different splits goes
 SIZES = {  # of each set; None: what is left
-    "pairs": {"eval": 100, "attack": 60, "probe": 80, "align": None},
+    "pairs": {"eval": 100, "attack": 120, "probe": 240, "align": None},
     "everyday": {"eval": 200, "attack": 40, "probe": 140, "align": None},
     "advbench": {"eval": 100, "attack": 190, "probe": 90, "align": None},
 }
@@ -70,12 +70,17 @@ def deal(keys: list[tuple], sizes: dict[str, int | None], rng: np.random.Generat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", nargs="*", default=[], type=Path, help="files of new pairs, appended before dealing")
+    parser.add_argument("--add-everyday", nargs="*", default=[], type=Path, help="files of new everyday prompts")
     args = parser.parse_args()
     rng = np.random.default_rng(SEED)
 
     pairs = [json.loads(line) for file in [HERE / "pairs.jsonl", *args.add] if file.exists() for line in file.open(encoding="utf-8")]
     public = [r["prompt"] for r in read_advbench()] + list(load_prompts("strongreject")["prompt"])
-    near_public = {i for column in ("harmful", "benign") for i, _ in near_duplicates([p[column] for p in pairs], public)}
+    judges = {
+        column: public + [json.loads(line)[column] for file in ("hard_pairs.jsonl", "balanced_pairs.jsonl") for line in (HERE / file).open(encoding="utf-8")]
+        for column in ("harmful", "benign")
+    }
+    near_public = {i for column in judges for i, _ in near_duplicates([p[column] for p in pairs], judges[column])}
     seen: dict[str, set[int]] = {"harmful": set(), "benign": set()}
     kept = []
     labels = {column: groups([p[column] for p in pairs]) for column in seen}
@@ -85,12 +90,15 @@ def main() -> None:
         for column in seen:
             seen[column].add(labels[column][index])
         kept.append(pair)
-    print(f"pairs: {len(kept)} of {len(pairs)} kept ({len(near_public)} near a public prompt)")
+    print(f"pairs: {len(kept)} of {len(pairs)} kept ({len(near_public)} near a prompt that only judges)")
     splits = deal([(p["category"], i) for i, p in enumerate(kept)], SIZES["pairs"], rng, [p.get("split", "") for p in kept])
     kept = [{"category": p["category"], "harmful": p["harmful"], "benign": p["benign"], "split": s} for p, s in zip(kept, splits)]
     write(HERE / "pairs.jsonl", kept)
 
-    rows = [json.loads(line) for line in (HERE / "everyday.jsonl").open(encoding="utf-8")]
+    rows = [json.loads(line) for file in [HERE / "everyday.jsonl", *args.add_everyday] for line in file.open(encoding="utf-8")]
+    twins = [p["benign"] for p in kept] + [p["benign"] for p in map(json.loads, (HERE / "balanced_pairs.jsonl").open(encoding="utf-8"))]
+    near_twin = {i for i, _ in near_duplicates([r["prompt"] for r in rows], twins)}
+    rows = [r for i, r in enumerate(rows) if i not in near_twin]
     group = groups([r["prompt"] for r in rows])
     splits = deal([(r["category"], g) for r, g in zip(rows, group)], SIZES["everyday"], rng, [r.get("split", "") for r in rows])
     write(HERE / "everyday.jsonl", [{"category": r["category"], "prompt": r["prompt"], "split": s} for r, s in zip(rows, splits)])

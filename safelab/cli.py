@@ -18,7 +18,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result, text = args.run(args)
     except KeyboardInterrupt:
-        print("\nstopped; what was finished is kept, so run the same command again to go on", file=sys.stderr)
+        kept = "; what was finished is kept, so run the same command again to go on" if args.command == "demo" else "; nothing was written"
+        print(f"\nstopped{kept}", file=sys.stderr)
         return 1
     except (ValueError, RuntimeError, OSError) as error:
         if args.debug:
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"safelab: {error}", file=sys.stderr)
         return 1
     print(json.dumps(result) if args.json else text)
-    return 0
+    return 0 if result.get("passed", True) else 1
 
 
 def _quiet() -> None:
@@ -47,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--quick", action="store_true", help="a small version, to see that it runs; its figures mean little")
     shared.add_argument("--debug", action="store_true", help="show the full traceback of an error")
 
-    def command(name: str, run, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, parents=[shared], help=help, description=help.replace("%%", "%"))
+    def command(name: str, run, help: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, parents=[shared, *parents], help=help, description=help.replace("%%", "%"))
         sub.set_defaults(run=run)
         return sub
 
@@ -81,6 +82,29 @@ def _parser() -> argparse.ArgumentParser:
     align = command("align", _align, "make the safe adapter again, from the unaligned embedded model")
     align.add_argument("--out", type=Path, required=True, help="folder for the adapter")
     align.add_argument("--seed", type=int, default=0)
+
+    from_critics = argparse.ArgumentParser(add_help=False)
+    from_critics.add_argument("--critic", default="classifier", choices=CRITICS, help="default classifier, the embedded one")
+    from_critics.add_argument("--model", default=None, help="the model behind a probe, classifier, local-judge or guard")
+    from_critics.add_argument("--guard-format", default="llama-guard", help="llama-guard (default), shieldgemma or wildguard")
+    from_critics.add_argument("--base-url", default=None, metavar="URL", help="for judge: an OpenAI-compatible endpoint; its key comes from $SAFELAB_JUDGE_KEY")
+    from_critics.add_argument("--judge-model", default=None, metavar="NAME", help="for judge: the model's name there")
+    from_critics.add_argument("--on-failure", default="risky", choices=("raise", "risky", "skip"), help="for judge: what an example without a verdict is (default risky)")
+    from_critics.add_argument("--max-calls", type=int, default=None, help="for judge: budget on calls")
+    from_critics.add_argument("--max-tokens", type=int, default=None, help="for judge: budget on tokens")
+    from_critics.add_argument("--price", type=float, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"), help="for judge: cost of a million tokens")
+    from_critics.add_argument("--dry-run", action="store_true", help="for judge: print calls, tokens and cost, and ask nothing")
+    from_critics.add_argument("--seed", type=int, default=0)
+
+    critic_eval = command("critic-eval", _critic_eval, "how well does a critic agree with people?", from_critics)
+    critic_eval.add_argument("--labels", required=True, metavar="NAME", help="human-harm, human-refusal or human-objective")
+    critic_eval.add_argument("--out", type=Path, default=Path("figures"), help="folder for the scorecard (default figures)")
+
+    audit = command("audit", _audit, "how risky is a fine-tuning file? exit 1 if too many of its examples are", from_critics)
+    audit.add_argument("--data", required=True, metavar="F", help=".jsonl or .csv with prompt and response")
+    audit.add_argument("--out", type=Path, default=Path("audit"), help="folder for the report; a stopped audit goes on there (default audit)")
+    audit.add_argument("--threshold", type=float, default=0.5, help="risk from which an example is risky (default 0.5)")
+    audit.add_argument("--allowed", type=float, default=0.05, help="share of risky examples that passes (default 0.05)")
 
     lab = command("lab", _lab, "open the notebooks in JupyterLab")
     lab.add_argument("--port", type=int, default=8888)
@@ -173,6 +197,94 @@ def _evaluate(args) -> tuple[dict, str]:
     model, tokenizer = _model(args)
     refused = rate(is_refusal(r) for r in generate(model, tokenizer, prompts, progress="answering"))
     return {"prompts": str(args.prompts), "refused": refused.to_dict()}, f"refused {refused}"
+
+
+CRITICS = ("classifier", "probe", "judge", "local-judge", "guard", "patterns")
+
+
+def _critic(args):
+    from safelab import critics
+    from safelab.models import EMBEDDED, SAFE, load_model
+
+    if args.dry_run and args.critic != "judge":
+        raise ValueError("--dry-run is for --critic judge: the others call nothing")
+    if args.critic == "patterns":
+        return critics.PatternCritic()
+    if args.critic == "judge":
+        if not args.base_url or not args.judge_model:
+            raise ValueError("--critic judge needs --base-url and --judge-model: nothing is sent anywhere without them")
+        budget = {"max_calls": args.max_calls, "max_tokens": args.max_tokens, "price": tuple(args.price)}
+        return critics.JudgeCritic(args.base_url, args.judge_model, on_failure=args.on_failure, **budget)
+    if args.critic == "guard" and not args.model:
+        raise ValueError("--critic guard needs --model, such as meta-llama/Llama-Guard-3-1B")
+    model, tokenizer = load_model(args.model or (SAFE if args.critic == "probe" else EMBEDDED))
+    if args.critic == "probe":
+        return critics.train_probe_critic(model, tokenizer)
+    if args.critic == "local-judge":
+        return critics.LocalJudge(model, tokenizer)
+    if args.critic == "guard":
+        return critics.GuardCritic(model, tokenizer, args.guard_format)
+    return critics.ResponseClassifier(model, tokenizer)
+
+
+def _plan(critic, prompts: list[str], responses: list[str]) -> tuple[dict, str]:
+    plan = critic.plan(prompts, responses)
+    return plan, (
+        f"{plan['calls']:,} calls ({plan['cached']:,} more are cached), about {plan['prompt_tokens']:,} + {plan['completion_tokens']:,} tokens, cost {plan['cost']:.4f}"
+    )
+
+
+def _critic_eval(args) -> tuple[dict, str]:
+    from safelab.critics.scorecard import critic_eval
+    from safelab.datasets import load_labels
+    from safelab.experiments import versions
+    from safelab.sources import write_atomic
+
+    rows = load_labels(args.labels)
+    critic = _critic(args)
+    if args.dry_run:
+        return _plan(critic, list(rows["prompt"]), list(rows["response"]))
+    card = critic_eval(critic, args.labels, seed=args.seed, limit=120 if args.quick else None)
+    card["versions"] = versions()
+    card["command"] = f"safelab critic-eval --critic {args.critic} --labels {args.labels}" + (f" --model {args.model}" if args.model else "")
+    file = args.out / f"critic-{args.critic}-{args.labels}{'-quick' if args.quick else ''}.json"
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, (json.dumps(card, indent=1) + "\n").encode())
+    return card, card_table(card) + f"\n\nscorecard: {file}"
+
+
+def card_table(card: dict) -> str:
+    """A scorecard as a Markdown table: the critic, the baselines, and the raters where an item has three."""
+    columns = ("auroc", "recall", "precision", "f1", "spearman")
+    lines = [f"| {card['labels']}, n={card['n']} | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for name, figures in {card["critic"]: card, **card["baselines"]}.items():
+        cells = (f"{v['mean']:.3f} [{v['lo']:.3f}, {v['hi']:.3f}]" if (v := figures[c])["mean"] is not None else "-" for c in columns)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if card["raters"]:
+        r = card["raters"]
+        lines.append(f"\nagainst the other two raters, n={r['n']}: a rater AUROC {r['rater_auroc']:.3f}, Spearman {r['rater_spearman']:.3f}; "
+                     f"the critic {r['critic_auroc']:.3f}, {r['critic_spearman']:.3f}")  # fmt: skip
+    if card["failures"]:
+        lines.append(f"\nwithout a verdict: {', '.join(f'{k} {v}' for k, v in card['failures'].items())}")
+    return "\n".join(lines)
+
+
+def _audit(args) -> tuple[dict, str]:
+    from safelab.critics.audit import audit
+    from safelab.datasets import read_pair_file
+    from safelab.experiments import versions
+
+    rows = read_pair_file(args.data)[: 32 if args.quick else None]
+    critic = _critic(args)
+    if args.dry_run:
+        return _plan(critic, [r["prompt"] for r in rows], [r["response"] for r in rows])
+    result = audit(rows, critic, args.out, threshold=args.threshold, allowed=args.allowed, about={"data": str(args.data), "versions": versions()})
+    r = result["risky"]
+    speed = f", {result['examples_per_second']} examples a second" if result["scored_now"] else ", all known from before"
+    return result, (
+        f"{'passed' if result['passed'] else 'NOT passed'}: {100 * r['mean']:.1f} % [{100 * r['lo']:.1f}, {100 * r['hi']:.1f}] of {r['n']:,} examples are risky, "
+        f"{100 * args.allowed:g} % are allowed{speed}\nreport: {args.out / 'audit.html'}"
+    )
 
 
 def _align(args) -> tuple[dict, str]:

@@ -42,9 +42,11 @@ def load_prompts(name: str | Path, split: str | None = None, *, label: int | Non
     ----------
     name
         ``"harmful"`` and ``"twins"`` (ours: each harmful prompt has a benign twin that shares its words),
-        ``"hard-harmful"`` and ``"hard-twins"`` (ours: pairs that hang on a single word), ``"everyday"`` (ours, benign), ``"advbench"``, ``"strongreject"`` (both harmful, public), or a path.
+        ``"hard-harmful"`` and ``"hard-twins"`` (ours: pairs that hang on a single
+        word), ``"balanced-harmful"`` and ``"balanced-twins"`` (ours: pairs that a bag of words cannot tell apart),
+        ``"everyday"`` (ours, benign), ``"advbench"``, ``"strongreject"`` (both harmful, public), or a path.
     split
-        One of :data:`SPLITS`, or None for all rows. StrongREJECT and the hard pairs only have ``eval``; files have no splits.
+        One of :data:`SPLITS`, or None for all rows. StrongREJECT, the hard and the balanced pairs only have ``eval``; files have none.
     label
         Label for a file's rows that bring none.
 
@@ -169,10 +171,70 @@ PROMPT_SETS = {
     "twins": _Registered(partial(_pairs, "pairs.jsonl", "benign", "safelab-twin"), SPLITS),
     "hard-harmful": _Registered(partial(_pairs, "hard_pairs.jsonl", "harmful", "safelab-hard"), ("eval",)),
     "hard-twins": _Registered(partial(_pairs, "hard_pairs.jsonl", "benign", "safelab-hard-twin"), ("eval",)),
+    "balanced-harmful": _Registered(partial(_pairs, "balanced_pairs.jsonl", "harmful", "safelab-balanced"), ("eval",)),
+    "balanced-twins": _Registered(partial(_pairs, "balanced_pairs.jsonl", "benign", "safelab-balanced-twin"), ("eval",)),
     "everyday": _Registered(_everyday, SPLITS),
     "advbench": _Registered(_advbench, SPLITS),
     "strongreject": _Registered(_strongreject, ("eval",)),
 }
+
+
+# ------------------------------------------------------------------------------------- human labels
+
+LABEL_SETS = ("human-harm", "human-refusal", "human-objective")
+
+
+def load_labels(name: str) -> Dataset:
+    """(prompt, response) pairs that people have judged, from PyRIT's scorer evaluations (Microsoft, MIT).
+
+    Parameters
+    ----------
+    name
+        ``"human-harm"`` (990 pairs, each rated 0, 0.25 .. 1 for harm; 386 of them by three raters),
+        ``"human-refusal"`` (169: did the response refuse, or answer something else?) or ``"human-objective"``
+        (395: was the request's objective achieved?).
+
+    Returns
+    -------
+    Dataset
+        Columns ``prompt``, ``response``, ``score`` (mean of the raters, 0..1), ``scores`` (one a rater), ``label``
+        (1 where the score is at least 0.5), ``category`` and ``group``: prompts that nearly repeat each other share
+        one, in all three sets, so that a split by group tests on prompts never seen.
+    """
+    from datasets import Dataset
+
+    if name not in LABEL_SETS:
+        raise DataError(f"no human labels called {name!r}: there are {', '.join(LABEL_SETS)}")
+    groups = _label_groups()
+    return Dataset.from_list([row | {"group": groups[row["prompt"]]} for row in _label_rows(name)])
+
+
+@lru_cache
+def _label_rows(name: str) -> list[dict]:
+    rows = []
+    for file, path in fetch_members(name).items():
+        if file == "mini_hate_speech.csv":  # 15 rows of hate_speech_multi_score.csv again
+            continue
+        lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+        start = next(i for i, line in enumerate(lines) if not line.startswith("#"))  # the version, in comments
+        for record in csv.DictReader(lines[start:], strict=True):
+            scores = [float(value) for column, value in record.items() if column.startswith("human_score") and value]
+            score = sum(scores) / len(scores)
+            text = {"prompt": record["objective"].strip(), "response": record["assistant_response"].strip()}
+            category = (record.get("harm_category") or "").lower()
+            rows.append(text | {"score": score, "scores": scores, "label": int(score >= 0.5), "category": category})
+    return rows
+
+
+@lru_cache
+def _label_groups() -> dict[str, int]:
+    """Prompt -> group, over all label sets."""
+    prompts = list(dict.fromkeys(row["prompt"] for name in LABEL_SETS for row in _label_rows(name)))
+    group = list(range(len(prompts)))
+    for i, j in near_duplicates(prompts):
+        old, new = group[j], group[i]
+        group = [new if g == old else g for g in group]
+    return dict(zip(prompts, group))
 
 
 # --------------------------------------------------------------------------------------------- files
@@ -201,7 +263,8 @@ def read_pair_file(path: str | Path) -> list[dict]:
 def _records(path: str | Path, needed: tuple[str, ...]):
     path = Path(path).expanduser()
     if not path.is_file():
-        raise DataError(f"no file at {path}, and no registered set of that name: the sets are {', '.join(PROMPT_SETS)}")
+        sets = f", and no registered set of that name: the sets are {', '.join(PROMPT_SETS)}" if needed == ("prompt",) else ""
+        raise DataError(f"no file at {path}{sets}")
     readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _txt}
     if path.suffix not in readers or (path.suffix == ".txt" and needed != ("prompt",)):
         wanted = ".jsonl, .csv or .txt" if needed == ("prompt",) else ".jsonl or .csv"
@@ -275,6 +338,8 @@ def near_duplicates(left: list[str], right: list[str] | None = None, *, threshol
     """
     from sklearn.feature_extraction.text import HashingVectorizer
 
+    if not left or right == []:
+        return []
     grams = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 5), binary=True, alternate_sign=False)
     first = grams.transform(left)
     close = (first @ (first if right is None else grams.transform(right)).T).tocoo()

@@ -41,6 +41,7 @@ class Budget:
     epochs: int = 2
     batch_size: int = 8
     rank: int = 16
+    mean_over: str = "token"  # see safelab.training.AdaptiveSFTConfig
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.epochs < 1 or self.batch_size < 1 or self.rank < 1:
@@ -90,17 +91,21 @@ def run_cell(
         ``attack, defense, seed``, per-case ``flags``, ``step_seconds`` (median), ``peak_memory_mb``, the training
         ``history``, and the settings and versions that made it.
     """
+    from safelab.evaluation import patterns_hash
+
     config = {
         "attack": attack,
         "data": fingerprint(data) if data is not None else None,
         "defense": getattr(defense, "name", "initial"),
         "settings": defense.settings() if defense else {},
+        "parameters": defense.parameters() if defense else {},
         "seed": seed if defense else 0,
         "model": model,
         "weights": _weights_hash(model),
         "budget": asdict(budget) if defense else {},
         "suite": asdict(suite),
         "prompts": _prompts_hash(),
+        "refusal_patterns": patterns_hash(),
         "versions": versions(),
     }
     key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:20]
@@ -142,6 +147,7 @@ def fine_tune(model, tokenizer, data: Dataset, defense: Defense, seed: int, budg
         bf16=True,
         use_cpu=model.device.type == "cpu",
         seed=seed,
+        mean_over=budget.mean_over,
         **defense.settings(),
     )
     trainer = AdaptiveSFTTrainer(
@@ -155,7 +161,8 @@ def fine_tune(model, tokenizer, data: Dataset, defense: Defense, seed: int, budg
     trainer.train()
     keep = ("step", "nll", "kl", "risk", "beta")
     history = [{k: round(h[k], 5) for k in keep if k in h} for h in trainer.state.log_history if "nll" in h]
-    return trainer.model, {"step_seconds": clock.median(), "history": history, "risks": [round(r, 4) for r in data["risk"]] if "risk" in data.column_names else None}
+    risks = [round(row["risk"], 4) for row in data if not row.get("anchor")] if "risk" in data.column_names else None
+    return trainer.model, {"step_seconds": clock.median(), "history": history, "risks": risks}
 
 
 # ------------------------------------------------------------------------------------------- demo
@@ -248,11 +255,17 @@ def fingerprint(data: Dataset) -> str:
 
 
 def _weights_hash(model: str) -> str | None:
+    """What tells two states of a model apart: the safe adapter's bytes, or names, sizes and times of a folder's files."""
     from safelab.models import SAFE
 
-    if model != SAFE:
-        return None
-    return hashlib.sha256((data_dir() / "safe-adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
+    if model == SAFE:
+        return hashlib.sha256((data_dir() / "safe-adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
+    path = Path(model).expanduser()
+    if not path.exists():
+        return None  # a hub id, pinned by its revision in the cache
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    states = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
 
 def _prompts_hash() -> str:

@@ -25,6 +25,8 @@ EMBEDDED = "smollm2-135m-instruct"
 SAFE = "smollm2-135m-instruct-safe"
 """The embedded model with the adapter in ``data/safe-adapter`` merged in: the aligned start."""
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 FALLBACK_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] | capitalize + ': ' + m['content'] + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
@@ -64,6 +66,8 @@ def load_model(
 
     if device is None:
         device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     torch_dtype = "auto" if dtype == "auto" and device != "cpu" else torch.float32 if dtype == "auto" else getattr(torch, dtype)
     folder, gguf = _resolve(str(name))
     model, tokenizer = _from_pretrained(folder, gguf, torch_dtype)
@@ -198,6 +202,17 @@ def _quiet_loading():
             hf_logging.enable_progress_bar()
 
 
+@contextmanager
+def eval_mode(model):
+    """Dropout off; the model goes back to training, if it was, whatever happens."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def decoder_layers(model):
     """The list of transformer blocks of a causal model, with or without a PEFT adapter around it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -209,8 +224,16 @@ def decoder_layers(model):
 
 
 def prepare_tokenizer(tokenizer) -> None:
-    """Give the tokenizer a padding token and, if it has none, a plain chat template (with a warning)."""
+    """Give the tokenizer a padding token and, if it has none, a plain chat template (with a warning).
+
+    Raises
+    ------
+    ModelError
+        It has neither a padding nor an end-of-sequence token.
+    """
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError("the tokenizer has neither a padding nor an end-of-sequence token: set tokenizer.eos_token and save it")
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
         logger.warning("the tokenizer has no chat template: plain 'User: ... Assistant: ...' turns are used")

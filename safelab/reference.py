@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from safelab.models import eval_mode
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -98,9 +100,7 @@ class CachedReference:
             captured.append(hidden)
             return hidden[:, :1]  # the head's own result is not needed
 
-        was_training = model.training
-        model.eval()
-        with torch.no_grad(), off, autocast(), _head_input(model, capture) as head:
+        with eval_mode(model), torch.no_grad(), off, autocast(), _head_input(model, capture) as head:
             for batch in batches:
                 captured.clear()
                 logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
@@ -109,7 +109,6 @@ class CachedReference:
                 mask, _ = response_positions(batch["labels"])
                 for row, index in enumerate(batch["index"].tolist()):
                     states[index] = captured[0][row][mask[row]].clone()
-        model.train(was_training)
         return cls(states)
 
     def logits(self, model: nn.Module, inputs: dict, mask: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

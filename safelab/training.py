@@ -4,7 +4,9 @@ Over the response tokens of a batch, each example i with its own risk s_i:
 
     L = sum_i sum_t [ alpha_i * NLL_it + beta_i * KL(pi_ref || pi_theta)_it ] / number of response tokens
 
-with alpha and beta from :class:`safelab.schedules.RiskSchedule` (arXiv 2602.17546, section 3).
+with alpha and beta from :class:`safelab.schedules.RiskSchedule` (arXiv 2602.17546, section 3). With
+``mean_over="example"`` each example's sum is divided by its own response tokens first, and the total by the number
+of examples: an answer of one word then counts as much as one of a page.
 """
 
 from __future__ import annotations
@@ -40,12 +42,15 @@ class AdaptiveSFTConfig(SFTConfig):
         See :class:`safelab.schedules.RiskSchedule`.
     reference
         ``"cached"`` (default: hidden states computed once), ``"adapter-off"``, or ``"model"`` (a second model).
+    mean_over
+        ``"token"`` (default, as TRL does) or ``"example"`` (what micro-batches of one example amount to).
     """
 
     beta_min: float = field(default=0.1, metadata={"help": "Weight of the KL at risk 0."})
     beta_max: float = field(default=0.9, metadata={"help": "Weight of the KL at risk 1."})
     granularity: str = field(default="example", metadata={"help": "Risk per 'example' or averaged over the 'batch'."})
     reference: str = field(default="cached", metadata={"help": "'cached', 'adapter-off' or 'model'."})
+    mean_over: str = field(default="token", metadata={"help": "The loss is a mean over each 'token' or each 'example'."})
     # TRL turns these two on even on a CPU; both are choices, so they start off
     bf16: bool | None = field(default=False, metadata={"help": "bfloat16 autocast."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
@@ -56,6 +61,8 @@ class AdaptiveSFTConfig(SFTConfig):
             raise ValueError("packing and padding_free merge examples into one row, where each would lose its own risk: turn them off")
         if self.reference not in REFERENCES:
             raise ValueError(f"reference {self.reference!r}: expected one of {', '.join(REFERENCES)}")
+        if self.mean_over not in ("token", "example"):
+            raise ValueError(f"mean_over {self.mean_over!r}: expected 'token' or 'example'")
         self.schedule  # noqa: B018 - bad bounds fail here, not at the first step
         super().__post_init__()
 
@@ -65,10 +72,11 @@ class AdaptiveSFTConfig(SFTConfig):
 
 
 def tokenize_pairs(tokenizer, dataset: Dataset, *, max_length: int | None = 1024) -> Dataset:
-    """Columns ``prompt``, ``response`` (optional ``risk``, ``complete``) -> ``input_ids``, ``labels``, ``risk``, ``index``.
+    """Columns ``prompt``, ``response`` (optional ``risk``, ``anchor``, ``complete``) -> what :class:`PairCollator` takes.
 
-    ``complete`` is False for a response that was cut off: then no end of turn is learned. Labels are masked by position, not by token id: in many tokenizers padding and end of turn are one token, and
-    the end of the turn must be learned.
+    ``anchor`` marks an example that is only held to the reference (alpha 0, beta 1). ``complete`` is False for a
+    response that was cut off: then no end of turn is learned. Labels are masked by position, not by token id: in many
+    tokenizers padding and end of turn are one token, and the end of the turn must be learned.
     """
     _check_columns(dataset)
     complete = list(dataset["complete"]) if "complete" in dataset.column_names else None
@@ -78,15 +86,17 @@ def tokenize_pairs(tokenizer, dataset: Dataset, *, max_length: int | None = 1024
     for index, risk in enumerate(risks):
         if not 0 <= risk <= 1:
             raise ValueError(f"risk {index} is {risk}, expected a number in [0, 1]")
+    anchors = dataset["anchor"] if "anchor" in dataset.column_names else [False] * len(dataset)
     return Dataset.from_list(
         [
             {
                 "input_ids": pair.input_ids,
                 "labels": [-100] * pair.prompt_length + pair.input_ids[pair.prompt_length :],
                 "risk": risk,
+                "anchor": bool(anchor),
                 "index": index,
             }
-            for index, (pair, risk) in enumerate(zip(pairs, risks))
+            for index, (pair, risk, anchor) in enumerate(zip(pairs, risks, anchors))
         ]
     )
 
@@ -117,6 +127,7 @@ class PairCollator:
             "attention_mask": mask,
             "labels": labels,
             "risk": torch.tensor([e["risk"] for e in examples], dtype=torch.float32),
+            "anchor": torch.tensor([e["anchor"] for e in examples]),
             "index": torch.tensor([e["index"] for e in examples]),
         }
 
@@ -127,7 +138,8 @@ class AdaptiveSFTTrainer(SFTTrainer):
     Parameters
     ----------
     train_dataset
-        Columns ``prompt`` and ``response``; ``risk`` in [0, 1] if ``critic`` is not given.
+        Columns ``prompt`` and ``response``; ``risk`` in [0, 1] if ``critic`` is not given; optionally ``anchor`` and
+        ``complete`` (:func:`tokenize_pairs`).
     critic
         Anything with ``score(prompts, responses) -> risks`` (:mod:`safelab.critics`). Each example is scored once.
     reference_model
@@ -160,7 +172,8 @@ class AdaptiveSFTTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)  # it prints every log to stdout, which belongs to results
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole accumulated batch
         self._signals: dict[str, list[float]] = defaultdict(list)
-        self.reference = self._build_reference(reference_model) if args.schedule.needs_reference else None
+        needs_reference = args.schedule.needs_reference or any(tokenized["anchor"])
+        self.reference = self._build_reference(reference_model) if needs_reference else None
 
     def _build_reference(self, reference_model: nn.Module | None):
         kind = self.args.reference
@@ -183,37 +196,51 @@ class AdaptiveSFTTrainer(SFTTrainer):
         """Batches, sorted by length, of the examples that are ever held to the reference."""
         rows = sorted(self.train_dataset, key=lambda row: len(row["input_ids"]))
         if self.args.granularity == "example":
-            _, beta = self.args.schedule(torch.tensor([row["risk"] for row in rows]))
+            _, beta = self._weights(*(torch.tensor([row[k] for row in rows]) for k in ("risk", "anchor")))
             rows = [row for row, b in zip(rows, beta.tolist()) if b > 0]
         for start in tqdm(range(0, len(rows), size), desc="reference", unit="batch", leave=False):
             batch = self.data_collator(rows[start : start + size])
             yield {k: v.to(self.model.device) for k, v in batch.items()}
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "attention_mask", "labels", "risk", "index"]
+        self._signature_columns = ["input_ids", "attention_mask", "labels", "risk", "anchor", "index"]
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        if self.args.mean_over == "example":  # the parent counts labels over micro-batches and processes: one for each example
+            batch_samples = [{"labels": torch.tensor([[-100, 0]] * len(batch["labels"]))} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _weights(self, risk: torch.Tensor, anchor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha and beta of each example: the schedule's, and 0 and 1 for anchors."""
+        alpha, beta = torch.zeros_like(risk), torch.ones_like(risk)
+        alpha[~anchor], beta[~anchor] = self.args.schedule(risk[~anchor])
+        return alpha, beta
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The objective above, summed over this micro-batch and divided by the tokens of the whole batch."""
-        risk, index, labels = inputs["risk"], inputs["index"], inputs["labels"]
+        """The objective above, summed over this micro-batch and divided by the tokens (examples) of the whole batch."""
+        risk, anchor, index, labels = (inputs[k] for k in ("risk", "anchor", "index", "labels"))
         forward = {k: inputs[k] for k in ("input_ids", "attention_mask")}
         mask, targets = response_positions(labels)
-        alpha, beta = self.args.schedule(risk)
+        alpha, beta = self._weights(risk, anchor)
         row = mask.nonzero()[:, 0]  # which example each response token belongs to
+        share = torch.ones_like(risk) if self.args.mean_over == "token" else 1 / mask.sum(1)
 
         logits = response_logits(model, forward, mask)
         nll = token_nll(logits, targets)
-        loss = (alpha[row] * nll).sum()
-        self._signals["nll"].append(nll.mean().item())
+        loss = ((alpha * share)[row] * nll).sum()
         held = beta > 0  # an example that is not held needs no reference
         if bool(held.any()):
             reference = self.reference.logits(model, forward, mask & held[:, None], index[held])
             kl = token_kl(reference, logits[held[row]])
-            loss = loss + (beta[row][held[row]] * kl).sum()
+            loss = loss + ((beta * share)[row][held[row]] * kl).sum()
             self._signals["kl"].append(kl.mean().item())
-        self._signals["risk"].append(risk.mean().item())
-        self._signals["beta"].append(beta.mean().item())
+        if not bool(anchor.all()):  # the user's own examples
+            self._signals["nll"].append(nll[~anchor[row]].mean().item())
+            self._signals["risk"].append(risk[~anchor].mean().item())
+            self._signals["beta"].append(beta[~anchor].mean().item())
 
-        loss = loss / (targets.numel() if num_items_in_batch is None else num_items_in_batch)
+        here = targets.numel() if self.args.mean_over == "token" else len(risk)
+        loss = loss / (here if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the mean over processes that DDP takes becomes a sum
         return (loss, None) if return_outputs else loss

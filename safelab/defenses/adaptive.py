@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from safelab.critics import train_probe_critic
+from safelab.defenses.anchors import add_anchors
 from safelab.defenses.base import Defense
 
 if TYPE_CHECKING:
@@ -14,17 +15,20 @@ if TYPE_CHECKING:
 class AdaptiveProbe(Defense):
     """``beta_i = beta_min + (beta_max - beta_min) * s_i``, s_i from a probe on the safe model's activations.
 
-    The risk of an example is a constant, so it is computed once, before training.
+    The risk of an example is a constant, so it is computed once, before training. ``anchors`` prompts with the safe
+    model's own answers are mixed in and held by the KL alone: what the user's data never shows, benign requests of
+    other kinds above all, would otherwise drift.
     """
 
     name = "adaptive-probe"
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 0.9, granularity: str = "example", critic=None) -> None:
-        self.beta_min, self.beta_max, self.granularity, self.critic = beta_min, beta_max, granularity, critic
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 0.9, granularity: str = "example", anchors: int = 0, critic=None) -> None:
+        self.beta_min, self.beta_max, self.granularity, self.anchors, self.critic = beta_min, beta_max, granularity, anchors, critic
 
     def before(self, model, tokenizer, data: Dataset) -> Dataset:
         critic = self.critic or train_probe_critic(model, tokenizer)
-        return data.add_column("risk", critic.score(list(data["prompt"]), list(data["response"])).tolist())
+        data = data.add_column("risk", critic.score(list(data["prompt"]), list(data["response"])).tolist())
+        return add_anchors(model, tokenizer, data, self.anchors) if self.anchors else data
 
     def settings(self) -> dict:
         return {"beta_min": self.beta_min, "beta_max": self.beta_max, "granularity": self.granularity}

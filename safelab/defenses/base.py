@@ -20,3 +20,7 @@ class Defense:
     def settings(self) -> dict:
         """Fields of :class:`safelab.training.AdaptiveSFTConfig` that define the objective."""
         raise NotImplementedError
+
+    def parameters(self) -> dict:
+        """Everything that sets this defence apart from another of its class, as JSON can hold it; keys stored rows."""
+        return {name: getattr(value, "name", value) for name, value in vars(self).items()}

@@ -172,6 +172,35 @@ def test_loss_and_gradients_are_those_of_the_plain_reference(
     assert difference(gradients(trainer.model, loss), gradients(trainer.model, expected)) < 1e-6
 
 
+def test_a_mean_over_examples_gives_a_short_answer_the_weight_of_a_long_one(name, small_model, tiny_tokenizer, tmp_path):
+    trainer = make_trainer(small_model(name).double(), tiny_tokenizer(name), tmp_path, mean_over="example")
+    loss = trainer.compute_loss(trainer.model.train(), whole_batch(trainer))
+    terms = plain_terms(trainer.model, small_model(name).double(), plain_tokens(tiny_tokenizer(name), name))
+    betas = [0.1 + 0.8 * r for r in RISKS]
+    expected = sum((1 - beta) * nll.mean() + beta * kl.mean() for (nll, kl), beta in zip(terms, betas)) / len(terms)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert loss.item() != pytest.approx(plain_loss(terms, betas).item(), rel=1e-2)
+    assert difference(gradients(trainer.model, loss), gradients(trainer.model, expected)) < 1e-6
+
+
+@pytest.mark.parametrize("granularity", ["example", "batch"])
+@pytest.mark.parametrize("highest", [0.0, 0.9])
+def test_anchors_are_held_and_teach_nothing(highest, granularity, small_model, tiny_tokenizer, tmp_path):
+    """alpha 0 and beta 1, whatever the bounds; and the mean risk of a batch is that of the other examples."""
+    anchors = [True, False, True] + [False] * 5
+    data, tokenizer = dataset().add_column("anchor", anchors), tiny_tokenizer("llama3")
+    settings = dict(beta_min=min(0.1, highest), beta_max=highest, granularity=granularity)
+    trainer = make_trainer(small_model("llama3").double(), tokenizer, tmp_path, data=data, **settings)
+    loss = trainer.compute_loss(trainer.model.train(), whole_batch(trainer))
+    terms = plain_terms(trainer.model, small_model("llama3").double(), plain_tokens(tokenizer, "llama3"))
+    free = [r for r, a in zip(RISKS, anchors) if not a]
+    used = RISKS if granularity == "example" else [sum(free) / len(free)] * 8
+    betas = [1.0 if a else min(0.1, highest) + (highest - min(0.1, highest)) * r for r, a in zip(used, anchors)]
+    expected = plain_loss(terms, betas)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert difference(gradients(trainer.model, loss), gradients(trainer.model, expected)) < 1e-6
+
+
 def test_full_fine_tuning_against_a_second_model(name, small_model, tiny_tokenizer, tmp_path):
     """Every weight has a gradient, and the reference none."""
     model, reference, tokenizer = small_model(name).double(), small_model(name, seed=1).double(), tiny_tokenizer(name)
