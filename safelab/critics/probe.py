@@ -1,26 +1,16 @@
-"""Critics: anything that gives each (prompt, response) a risk in [0, 1]."""
+"""ProbeCritic: the risk of a prompt, read from the reference model before it writes a word."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import numpy as np
 
 from safelab.activations import extract_activations
+from safelab.critics.base import Critic, Verdicts, plain_verdicts
 from safelab.models import decoder_layers
 from safelab.probes import HarmProbe, default_layers, probe_prompts
 
 
-class SafetyCritic(Protocol):
-    """What training asks of a critic."""
-
-    name: str
-
-    def score(self, prompts: list[str], responses: list[str]) -> np.ndarray:
-        """Risk of each example, ``(n,)`` in [0, 1]."""
-
-
-class ProbeCritic:
+class ProbeCritic(Critic):
     """Activation-based risk: a probe on the *reference* model's states at the last prompt token.
 
     It judges the prompt alone, before a word is written; the response is not looked at.
@@ -35,6 +25,9 @@ class ProbeCritic:
         """Calibrated probability that each prompt is harmful, ``(n,)``."""
         states = extract_activations(self.model, self.tokenizer, prompts, layers=self.layers, progress="risk")
         return self.probe.predict_proba(states.values.reshape(len(prompts), -1))[:, 1]
+
+    def judge(self, prompts: list[str], responses: list[str] | None = None) -> Verdicts:
+        return plain_verdicts(self.score(prompts))
 
 
 def train_probe_critic(model, tokenizer, *, layers: list[int] | None = None) -> ProbeCritic:
