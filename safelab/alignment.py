@@ -14,7 +14,7 @@ import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safelab.datasets import load_prompts, load_refusals
+from safelab.datasets import load_everyday_answers, load_prompts, load_refusals
 from safelab.models import EMBEDDED, load_model
 from safelab.sources import atomic_dir, cache_dir, write_atomic
 
@@ -132,8 +132,8 @@ def align(output: str | Path, recipe: AlignmentRecipe | None = None) -> Path:
 def safety_report(model, tokenizer, reference=None) -> dict:
     """What the safe start must show, on prompts not used to make it: refusals by set, and benign perplexity.
 
-    Perplexity is over the unaligned ``reference`` model's own answers to held-out everyday prompts, as a ratio to
-    the reference's own perplexity there.
+    Perplexity is over written answers to held-out everyday prompts, which no model here has seen, and as a ratio to
+    that of the unaligned ``reference`` model.
     """
     from safelab.evaluation import generate, is_refusal, perplexity, rate
 
@@ -142,14 +142,7 @@ def safety_report(model, tokenizer, reference=None) -> dict:
         answers = generate(model, tokenizer, list(load_prompts(name, "eval")["prompt"]), progress=f"answering {name}")
         report[f"refusals_{name}"] = rate(is_refusal(a) for a in answers).to_dict()
     if reference is not None:
-        prompts = list(load_prompts("everyday", "eval")["prompt"])
-        answers = own_answers(reference, tokenizer, prompts, 64)
-        pairs = [(p, a) for p, a in zip(prompts, answers) if a]
-        prompts, answers = map(list, zip(*pairs))
-        report["perplexity"] = {
-            "unaligned": perplexity(reference, tokenizer, prompts, answers),
-            "safe": perplexity(model, tokenizer, prompts, answers),
-            "n": len(prompts),
-        }
-        report["perplexity"]["ratio"] = report["perplexity"]["safe"] / report["perplexity"]["unaligned"]
+        rows = load_everyday_answers()
+        unaligned, safe = (perplexity(m, tokenizer, list(rows["prompt"]), list(rows["response"])) for m in (reference, model))
+        report["perplexity"] = {"unaligned": unaligned, "safe": safe, "n": len(rows), "ratio": safe / unaligned}
     return report

@@ -73,6 +73,13 @@ def load_compliance() -> list[str]:
     return [row["text"] for row in _own("compliance.jsonl")]
 
 
+def load_everyday_answers() -> Dataset:
+    """Written answers (no model's own) to the ``eval`` split of ``"everyday"``: columns ``prompt``, ``response``."""
+    from datasets import Dataset
+
+    return Dataset.from_list(_own("everyday_answers.jsonl"))
+
+
 def load_refusals(category: str | None = None) -> list[str]:
     """Our refusals: the general ones, and those written for ``category``."""
     return [row["text"] for row in _own("refusals.jsonl") if row["category"] in ("general", category)]

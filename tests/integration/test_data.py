@@ -4,9 +4,13 @@ import collections
 import re
 
 import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
 
 from safelab.attacks import explicit_harmful, mixture
-from safelab.datasets import PROMPT_SETS, SPLITS, load_compliance, load_prompts, load_refusals, load_task, near_duplicates
+from safelab.datasets import PROMPT_SETS, SPLITS, load_compliance, load_everyday_answers, load_prompts, load_refusals, load_task, near_duplicates
 
 
 def texts(split, label):
@@ -40,9 +44,10 @@ def test_near_duplicates_would_be_found():
 
 def test_sets_are_as_large_as_the_datasheet_says():
     count = {name: collections.Counter(load_prompts(name)["split"]) for name in PROMPT_SETS}
-    assert count["harmful"] == count["twins"] == {"align": 741, "probe": 80, "attack": 60, "eval": 100}
+    assert count["harmful"] == count["twins"] == {"align": 1301, "probe": 240, "attack": 120, "eval": 100}
     assert count["hard-harmful"] == count["hard-twins"] == {"eval": 612}
-    assert count["everyday"] == {"align": 380, "probe": 140, "attack": 40, "eval": 200}
+    assert count["balanced-harmful"] == count["balanced-twins"] == {"eval": 120}
+    assert count["everyday"] == {"align": 760, "probe": 140, "attack": 40, "eval": 200}
     assert count["advbench"] == {"align": 109, "probe": 86, "attack": 190, "eval": 131}
     assert count["strongreject"] == {"eval": 313}
     assert len(set(load_prompts("everyday")["category"])) == 19
@@ -57,18 +62,23 @@ def test_twins_share_words_with_their_harmful_prompt():
     assert min(shared) >= 2
 
 
+def wording_auroc(train, test):
+    """AUROC, over ``test``, of a bag of words trained on ``train``; each is (harmful prompts, benign prompts)."""
+    (h, b), (test_h, test_b) = train, test
+    words = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000)).fit(h + b, [1] * len(h) + [0] * len(b))
+    return roc_auc_score([1] * len(test_h) + [0] * len(test_b), words.predict_proba(test_h + test_b)[:, 1])
+
+
 def test_wording_does_not_tell_hard_twins_from_harmful_prompts():
     """A bag of words trained on half of the hard pairs is near chance on the other half."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-    from sklearn.pipeline import make_pipeline
+    sides = [list(load_prompts(name)["prompt"]) for name in ("hard-harmful", "hard-twins")]
+    assert 0.35 < wording_auroc([side[::2] for side in sides], [side[1::2] for side in sides]) < 0.65
 
-    harmful, benign = list(load_prompts("hard-harmful")["prompt"]), list(load_prompts("hard-twins")["prompt"])
-    y = [1] * len(harmful[::2]) + [0] * len(benign[::2])
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000)).fit(harmful[::2] + benign[::2], y)
-    y = [1] * len(harmful[1::2]) + [0] * len(benign[1::2])
-    assert 0.35 < roc_auc_score(y, model.predict_proba(harmful[1::2] + benign[1::2])[:, 1]) < 0.65
+
+def test_wording_hardly_tells_balanced_twins_from_harmful_prompts():
+    """A bag of words trained on all other pairs is near chance on the balanced ones."""
+    train, test = ([list(load_prompts(name)["prompt"]) for name in names] for names in (("harmful", "twins"), ("balanced-harmful", "balanced-twins")))
+    assert 0.4 < wording_auroc(train, test) < 0.6
 
 
 def test_compliance_is_redacted():
@@ -102,6 +112,10 @@ def test_task_splits_are_disjoint_and_balanced():
     assert sum(train["label"]) == 500 and sum(judged["label"]) == 200
 
 
+def test_everyday_answers_answer_the_eval_prompts():
+    assert list(load_everyday_answers()["prompt"]) == list(load_prompts("everyday", "eval")["prompt"])
+
+
 def test_too_many_harmful_examples_is_an_error():
-    with pytest.raises(ValueError, match="attack split has 1 to 250"):
-        explicit_harmful(251)
+    with pytest.raises(ValueError, match="attack split has 1 to 310"):
+        explicit_harmful(311)

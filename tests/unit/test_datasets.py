@@ -173,7 +173,7 @@ def test_a_wrong_suffix_is_named_with_what_is_read(write, name):
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "nosuchset"])
 def test_a_missing_file_lists_the_registered_sets(tmp_path, name):
-    with pytest.raises(DataError, match="harmful, twins, hard-harmful, hard-twins, everyday, advbench, strongreject") as error:
+    with pytest.raises(DataError, match="harmful, twins, hard-harmful, hard-twins, balanced-harmful, balanced-twins, everyday, advbench, strongreject") as error:
         load_prompts(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
 
