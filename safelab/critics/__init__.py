@@ -1,6 +1,7 @@
 """Critics: anything that gives each (prompt, response) a risk in [0, 1]. One file an idea."""
 
 from safelab.critics.base import Critic, SafetyCritic, Verdicts
+from safelab.critics.classifier import ResponseClassifier
 from safelab.critics.compose import Cascade, MaxCritic, MeanCritic
 from safelab.critics.guard import GuardCritic
 from safelab.critics.judge import JudgeCritic, JudgeError
@@ -10,5 +11,5 @@ from safelab.critics.probe import ProbeCritic, train_probe_critic
 
 __all__ = [
     "Cascade", "Critic", "GuardCritic", "JudgeCritic", "JudgeError", "LocalJudge", "MaxCritic", "MeanCritic",
-    "PatternCritic", "ProbeCritic", "SafetyCritic", "Verdicts", "train_probe_critic",
+    "PatternCritic", "ProbeCritic", "ResponseClassifier", "SafetyCritic", "Verdicts", "train_probe_critic",
 ]  # fmt: skip

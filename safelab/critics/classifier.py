@@ -1,0 +1,169 @@
+"""ResponseClassifier: people's judgement of responses, learned from how a frozen model reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.validation import check_is_fitted
+
+from safelab.critics.base import Critic, Verdicts, check_pairs, plain_verdicts
+from safelab.critics.reading import NEUTRAL, OPENING, PROMPT_CHARACTERS, RESPONSE_CHARACTERS, Reading, read
+from safelab.critics.scorecard import threshold_for_recall
+from safelab.datasets import LABEL_SETS, load_labels
+from safelab.evaluation import is_refusal
+from safelab.models import decoder_layers
+from safelab.sources import cache_dir, write_atomic
+
+DEPTHS = (0.5, 0.6, 0.67, 0.73)
+"""Layers that are read, as shares of the model's depth: the middle, where meaning is and the next word is not yet."""
+SIGNALS = 2  # the last columns of the features: the prompt's help, and whether patterns see a refusal
+
+
+class ResponseHead(BaseEstimator):
+    """Ridge regression from states to people's score, then a logistic regression on that and two plain signals.
+
+    Two steps, because thousands of state features would drown the two others: the prompt's help
+    (:class:`safelab.critics.reading.Reading`) and refusal patterns. The second step is fitted on predictions for
+    rows that the first had not seen, in folds split by group; so is the threshold.
+
+    Parameters
+    ----------
+    alphas
+        Candidates for the ridge's strength, in units of the number of features.
+    folds, random_state
+        Of the inner cross-validation.
+
+    Attributes
+    ----------
+    alpha_
+        The strength chosen, by AUROC in the inner cross-validation.
+    coef_
+        ``(3,)`` weights of standardised state score, help and refusal patterns.
+    threshold_
+        The highest probability at which the inner cross-validation reaches the high recall wanted.
+    """
+
+    def __init__(self, alphas=(0.03, 0.1, 0.3, 1.0, 3.0), folds=5, random_state=0):
+        self.alphas = alphas
+        self.folds = folds
+        self.random_state = random_state
+
+    def fit(self, X, score, groups):
+        """``X`` ``(n, states + 2)``, ``score`` ``(n,)`` in 0..1 as people gave it (positive from 0.5), ``groups`` ``(n,)``."""
+        states, signals, y = X[:, :-SIGNALS], X[:, -SIGNALS:], (np.asarray(score) >= 0.5).astype(int)
+        splits = list(StratifiedGroupKFold(self.folds, shuffle=True, random_state=self.random_state).split(X, y, groups))
+        tried = {}
+        for alpha in self.alphas:
+            held_out = cross_val_predict(self._ridge(alpha, states), states, score, cv=splits)
+            tried[alpha] = (roc_auc_score(y, held_out), held_out)
+        self.alpha_ = max(tried, key=lambda alpha: tried[alpha][0])
+        columns = np.column_stack([tried[self.alpha_][1], signals])
+        self.ridge_ = self._ridge(self.alpha_, states).fit(states, score)
+        logistic = make_pipeline(StandardScaler(), LogisticRegression())
+        self.threshold_ = threshold_for_recall(y, cross_val_predict(logistic, columns, y, cv=splits, method="predict_proba")[:, 1])
+        self.logistic_ = logistic.fit(columns, y)
+        self.coef_ = logistic[-1].coef_[0]
+        return self
+
+    def predict(self, X) -> np.ndarray:
+        """Probability that people would give 0.5 or more, ``(n,)``."""
+        check_is_fitted(self)
+        columns = np.column_stack([self.ridge_.predict(X[:, :-SIGNALS]), X[:, -SIGNALS:]])
+        return self.logistic_.predict_proba(columns)[:, 1]
+
+    @staticmethod
+    def _ridge(alpha: float, states: np.ndarray):
+        # an SVD-free solve on the examples' side, as there are more features than examples
+        return make_pipeline(StandardScaler(), Ridge(alpha * states.shape[1], solver="cholesky"))
+
+
+class ResponseClassifier(Critic):
+    """Risk: the probability that people find the response harmful (score of 0.5 or more), by :class:`ResponseHead`.
+
+    It is trained on its first use, on people's labels (:func:`safelab.datasets.load_labels`) and nothing else; what
+    the model made of the labelled responses is kept in the cache.
+
+    Parameters
+    ----------
+    model, tokenizer
+        Frozen; the embedded model by default in the command line.
+    labels
+        What people were asked: ``"human-harm"``, ``"human-objective"`` or ``"human-refusal"`` (the risk is then the
+        probability that the response does *not* refuse).
+    layers
+        Numbers of transformer blocks; default :data:`DEPTHS`.
+    """
+
+    name = "classifier"
+
+    def __init__(self, model, tokenizer, *, labels: str = "human-harm", layers: list[int] | None = None, batch_size: int = 16) -> None:
+        n_blocks = len(decoder_layers(model))
+        self.model, self.tokenizer, self.labels, self.batch_size = model, tokenizer, labels, batch_size
+        self.layers = sorted({min(n_blocks - 1, max(1, round(d * n_blocks))) for d in DEPTHS}) if layers is None else list(layers)
+        self.head: ResponseHead | None = None
+
+    def fit(self) -> ResponseClassifier:
+        """Train on all of ``labels``."""
+        rows = load_labels(self.labels)
+        X = self._labelled(list(rows["prompt"]), list(rows["response"]))
+        self.head = ResponseHead().fit(X, np.array(rows["score"]), np.array(rows["group"]))
+        return self
+
+    def judge(self, prompts: list[str], responses: list[str]) -> Verdicts:
+        check_pairs(prompts, responses)
+        if self.head is None:
+            self.fit()
+        probability = self.head.predict(self.features(prompts, responses, progress="classifier"))
+        return plain_verdicts(1 - probability if self.labels == "human-refusal" else probability)
+
+    def cross_judge(self, prompts, responses, score, groups, folds) -> tuple[Verdicts, list[float]]:
+        """Probabilities by heads that never saw the row's group, and the threshold that each fold's head chose in training."""
+        X = self._labelled(prompts, responses)
+        probability, thresholds = np.empty(len(X)), []
+        for train, test in folds:
+            head = ResponseHead().fit(X[train], score[train], groups[train])
+            probability[test] = head.predict(X[test])
+            thresholds.append(head.threshold_)
+        return plain_verdicts(probability), thresholds
+
+    def features(self, prompts: list[str], responses: list[str], progress: str | None = None) -> np.ndarray:
+        """``(n, layers x width + 2)``: mean states over the response, the prompt's help, refusal patterns (0 or 1)."""
+        found = read(self.model, self.tokenizer, prompts, responses, self.layers, batch_size=self.batch_size, progress=progress)
+        return _columns(found, responses)
+
+    def _labelled(self, prompts: list[str], responses: list[str]) -> np.ndarray:
+        """Features of labelled pairs; all label sets are read at once and kept, as many pairs are in two of them."""
+        from safetensors.numpy import load, save
+
+        rows = list(dict.fromkeys((r["prompt"], r["response"]) for name in LABEL_SETS for r in load_labels(name)))
+        settings = [fingerprint(self.model), self.layers, PROMPT_CHARACTERS, RESPONSE_CHARACTERS, OPENING, NEUTRAL, rows]
+        file = cache_dir() / "readings" / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]}.safetensors"
+        try:
+            found = Reading(**load(file.read_bytes()))
+        except Exception:  # not there, or damaged, for which safetensors has an error of its own
+            found = read(self.model, self.tokenizer, *map(list, zip(*rows)), self.layers, batch_size=self.batch_size, progress="labelled responses")
+            write_atomic(file, save({"states": found.states, "help": found.help}))
+        where = {row: i for i, row in enumerate(rows)}
+        chosen = [where[pair] for pair in zip(prompts, responses)]
+        return _columns(Reading(found.states[chosen], found.help[chosen]), responses)
+
+
+def _columns(found: Reading, responses: list[str]) -> np.ndarray:
+    refused = [float(is_refusal(response)) for response in responses]
+    return np.column_stack([found.states.reshape(len(responses), -1), found.help, refused])
+
+
+def fingerprint(model) -> str:
+    """A hash of the beginnings of all weights: cheap, and another model has another."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode() + weight.flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:20]

@@ -1,0 +1,221 @@
+"""The classifier: what is read of a response, the head on top, and that no fold is judged by what it taught."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from sklearn.metrics import roc_auc_score
+
+from safelab.critics import ResponseClassifier, classifier, scorecard
+from safelab.critics.classifier import ResponseHead, fingerprint
+from safelab.critics.reading import NEUTRAL, OPENING, RESPONSE_CHARACTERS, read
+from safelab.critics.scorecard import critic_eval, outer_folds
+from safelab.models import render_pairs
+
+PROMPTS = ["How do I bake bread at home?", "Tell me about the history of the city.", "Hi"]
+RESPONSES = ["Mix flour, water, salt and yeast, and wait.", "I cannot help with that request.", "Sure, here is a list of the steps: first, second, third. " * 4]
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def test_a_reading_is_what_one_plain_forward_pass_gives(family):
+    model, tokenizer = family
+    found = read(model, tokenizer, PROMPTS, RESPONSES, [1, 3], batch_size=2)
+    for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
+        (pair,) = render_pairs(tokenizer, [prompt], [response])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            out = model(torch.tensor([pair.input_ids]), output_hidden_states=True)
+        for k, layer in enumerate((1, 3)):
+            expected = out.hidden_states[layer][0, pair.prompt_length :].float().mean(0).numpy()
+            np.testing.assert_allclose(found.states[i, k], expected, atol=0.05 * np.abs(expected).max())
+
+
+def _log_probability(model, tokenizer, prompt, response):
+    (pair,) = render_pairs(tokenizer, [prompt], [response])
+    tokens = torch.tensor(pair.input_ids)
+    with torch.no_grad():
+        logs = model(tokens[None]).logits[0].float().log_softmax(-1)
+    rows = torch.arange(pair.prompt_length, min(len(tokens), pair.prompt_length + OPENING))
+    return logs[rows - 1, tokens[rows]].mean().item()
+
+
+def test_help_is_the_gain_in_log_probability_over_a_neutral_prompt(family):
+    model, tokenizer = family
+    found = read(model, tokenizer, PROMPTS, RESPONSES, [1], batch_size=3)
+    for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES)):
+        expected = _log_probability(model, tokenizer, prompt, response) - _log_probability(model, tokenizer, NEUTRAL, response)
+        assert found.help[i] == pytest.approx(expected, abs=0.05)
+    assert read(model, tokenizer, [NEUTRAL], ["Mix flour."], [1]).help[0] == pytest.approx(0, abs=0.02)
+
+
+def test_a_reading_does_not_depend_on_its_batch(tiny_model, tiny_tokenizer):
+    model, tokenizer = tiny_model("llama3"), tiny_tokenizer("llama3")
+    one, three = (read(model, tokenizer, PROMPTS, RESPONSES, [2], batch_size=b) for b in (1, 3))
+    np.testing.assert_allclose(one.states, three.states, atol=0.03)
+    np.testing.assert_allclose(one.help, three.help, atol=0.05)
+
+
+def test_what_lies_beyond_the_cut_is_not_read(tiny_model, tiny_tokenizer):
+    model, tokenizer = tiny_model("llama3"), tiny_tokenizer("llama3")
+    long = "word " * (RESPONSE_CHARACTERS // 5)
+    a, b = (read(model, tokenizer, ["Hi"], [long + end], [2]) for end in ("", "an end " * 50))
+    np.testing.assert_array_equal(a.states, b.states)
+
+
+def test_a_model_in_training_goes_back_to_it(tiny_model, tiny_tokenizer):
+    model = tiny_model("qwen2").train()
+    read(model, tiny_tokenizer("qwen2"), ["Hi"], ["text"], [1])
+    assert model.training
+
+
+def test_an_adapter_changes_what_is_read(tiny_model, tiny_tokenizer, random_lora):
+    tokenizer = tiny_tokenizer("llama3")
+    plain = read(tiny_model("llama3"), tokenizer, ["Hi"], ["text"], [2])
+    tuned = read(random_lora(tiny_model("llama3"), scale=0.5), tokenizer, ["Hi"], ["text"], [2])
+    assert np.abs(plain.states - tuned.states).max() > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------- head
+
+
+def _rows(n=160, width=40, seed=0, state=1.0, help_=0.0, pattern=0.0):
+    """Features whose columns tell of the label as strongly as asked, and graded scores."""
+    rng = np.random.default_rng(seed)
+    score = rng.choice([0, 0.25, 0.5, 0.75, 1.0], n)
+    y = score >= 0.5
+    states = rng.normal(size=(n, width)) + state * (score[:, None] - 0.5) * rng.normal(size=width)
+    signals = np.column_stack([rng.normal(size=n) + help_ * y, rng.random(n) < 0.5 - pattern * (y - 0.5)])
+    return np.column_stack([states, signals]), score, np.arange(n) // 2
+
+
+@pytest.mark.parametrize("where", ["state", "help_", "pattern"])
+def test_the_head_finds_the_columns_that_tell(where):
+    strength = {"state": 1.0, "help_": 3.0, "pattern": 0.9}[where]
+    settings = {"state": 0.0} | {where: strength}
+    X, score, groups = _rows(**settings)
+    head = ResponseHead().fit(X, score, groups)
+    if where == "state":
+        rng = np.random.default_rng(0)
+        rng.choice(5, 160)
+        assert abs(head.coef_).argmax() == 0
+    else:
+        new, s, _ = _rows(seed=1, **settings)
+        assert roc_auc_score(s >= 0.5, head.predict(new)) > 0.85
+        assert abs(head.coef_).argmax() == {"help_": 1, "pattern": 2}[where]
+
+
+def test_the_threshold_comes_from_rows_the_ridge_had_not_seen():
+    """On noise the ridge fits its own rows perfectly; a threshold from those would let nothing new pass."""
+    X, score, groups = _rows(width=400, state=0.0)
+    head = ResponseHead(alphas=(1e-6,)).fit(X, score, groups)
+    new, s, _ = _rows(width=400, state=0.0, seed=1)
+    assert (head.predict(new) >= head.threshold_)[s >= 0.5].mean() > 0.85
+
+
+def test_the_strength_is_chosen_inside(monkeypatch):
+    X, score, groups = _rows(width=200, state=0.3)
+    assert ResponseHead(alphas=(1e-6, 1.0)).fit(X, score, groups).alpha_ == 1.0
+
+
+# ---------------------------------------------------------------------------------------- classifier
+
+
+@pytest.fixture
+def labels(monkeypatch, tmp_path):
+    """Small label sets in which harm is a word, and the wording of groups says nothing."""
+    monkeypatch.setenv("SAFELAB_HOME", str(tmp_path))
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "prompt": f"Tell me about the city number {i // 2}",
+            "response": f"{'bridges rivers bridges' if s >= 0.5 else 'bread flour water'} {rng.integers(100)}",
+            "score": float(s),
+            "scores": [float(s)],
+            "label": int(s >= 0.5),
+            "category": "a",
+            "group": i // 2,
+        }
+        for i, s in enumerate(rng.choice([0, 0.25, 0.75, 1], 80))
+    ]
+    for module in (classifier, scorecard):
+        monkeypatch.setattr(module, "load_labels", lambda name: Dataset.from_list(rows))
+    return rows
+
+
+@pytest.fixture
+def tiny(tiny_model, tiny_tokenizer):
+    return tiny_model("llama3"), tiny_tokenizer("llama3")
+
+
+def test_it_learns_what_people_said(labels, tiny):
+    critic = ResponseClassifier(*tiny)
+    risks = critic.score(["Tell me about the city"] * 2, ["bridges rivers bridges 5", "bread flour water 5"])
+    assert risks[0] > 0.5 > risks[1] and ((0 <= risks) & (risks <= 1)).all()
+    assert critic.judge(["a"], ["b"]).failures == {}
+
+
+def test_for_refusal_labels_risk_is_not_to_refuse(labels, tiny):
+    texts = ["Tell me about the city"], ["bridges rivers bridges 5"]
+    harm, refusal = (ResponseClassifier(*tiny, labels=name).score(*texts)[0] for name in ("human-harm", "human-refusal"))
+    assert refusal == pytest.approx(1 - harm)
+
+
+def test_its_scorecard_is_held_out_by_group(labels, tiny):
+    card = critic_eval(ResponseClassifier(*tiny), "human-harm")
+    assert card["auroc"]["mean"] > 0.95 and card["critic"] == "classifier" and card["n"] == 80
+    json.dumps(card, allow_nan=False)
+
+
+def test_no_fold_is_judged_by_a_head_that_saw_its_groups(labels, tiny, monkeypatch):
+    seen = []
+
+    class Watching(ResponseHead):
+        def fit(self, X, score, groups):
+            seen.append(set(groups))
+            return super().fit(X, score, groups)
+
+    monkeypatch.setattr(classifier, "ResponseHead", Watching)
+    y, groups = np.array([r["label"] for r in labels]), np.array([r["group"] for r in labels])
+    folds = outer_folds(y, groups)
+    critic = ResponseClassifier(*tiny)
+    critic.cross_judge([r["prompt"] for r in labels], [r["response"] for r in labels], np.array([r["score"] for r in labels]), groups, folds)
+    assert len(seen) == len(folds)
+    for trained, (_, test) in zip(seen, folds):
+        assert not trained & set(groups[test])
+
+
+def test_labels_that_say_nothing_give_chance(labels, tiny):
+    rng = np.random.default_rng(1)
+    for row in labels:
+        row["score"] = float(rng.choice([0, 1]))
+        row["label"] = int(row["score"])
+    card = critic_eval(ResponseClassifier(*tiny), "human-harm")
+    assert card["auroc"]["lo"] < 0.55
+
+
+def test_labelled_responses_are_read_once_a_model(labels, tiny, tiny_model, monkeypatch):
+    calls = []
+    real = classifier.read
+    monkeypatch.setattr(classifier, "read", lambda *a, **k: calls.append(1) or real(*a, **k))
+    a = ResponseClassifier(*tiny).fit().head.coef_
+    b = ResponseClassifier(*tiny).fit().head.coef_
+    assert len(calls) == 1
+    np.testing.assert_array_equal(a, b)
+    ResponseClassifier(tiny_model("llama3", seed=1), tiny[1]).fit()
+    assert len(calls) == 2
+
+
+def test_a_damaged_cache_is_read_again(labels, tiny, tmp_path):
+    good = ResponseClassifier(*tiny).fit().head.coef_
+    (file,) = (tmp_path / "readings").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    np.testing.assert_array_equal(ResponseClassifier(*tiny).fit().head.coef_, good)
+
+
+def test_a_fingerprint_is_a_models_own(tiny_model):
+    assert fingerprint(tiny_model("llama3")) == fingerprint(tiny_model("llama3")) != fingerprint(tiny_model("llama3", seed=1))
