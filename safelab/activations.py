@@ -1,37 +1,64 @@
 """Prompts -> Activations (examples x layers x width): what a model computes before it writes a word.
 
-Layer 0 is the embedding output, layer l the output of transformer block l (before the final norm). Batches
-are sorted by length, the forward pass stops after the deepest layer asked for, and only the positions asked
-for are kept, so memory grows with the result and not with layers x tokens x prompts.
+Layer 0 is the embedding output, layer l the output of transformer block l (before the final norm). Texts are sorted
+by length into batches of about as many tokens each, the forward pass stops after the deepest layer asked for, and
+only the positions asked for are kept, so memory grows with the result and not with layers x tokens x prompts. With
+``cache=True`` not even the result is held in memory: it is written to a file batch by batch, and mapped.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import struct
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from safelab.models import decoder_layers, pad_left, render_pairs, render_prompts
+from safelab.models import decoder_layers, render_pairs, render_prompts
+from safelab.sources import atomic_path, cache_dir
 
-POSITIONS = ("last", "mean")
+POSITIONS = ("last", "mean", "all")
 
 
 @dataclass(frozen=True)
 class Activations:
-    """``values`` ``(examples, layers, width)`` float32 and the layer numbers of its second axis."""
+    """``values`` ``(examples, layers, width)`` float32 and the layer numbers of its second axis.
+
+    At position ``"all"`` the first axis runs over the tokens of all texts, one text after the other, and
+    ``offsets`` ``(examples + 1,)`` says where each begins.
+    """
 
     values: np.ndarray
     layers: tuple[int, ...]
     position: str
+    offsets: np.ndarray | None = None
 
     def layer(self, number: int) -> np.ndarray:
         """``(examples, width)`` of one layer; ValueError if it was not extracted."""
         if number not in self.layers:
             raise ValueError(f"layer {number} was not extracted; there are {', '.join(map(str, self.layers))}")
         return self.values[:, self.layers.index(number)]
+
+    def concatenated(self) -> np.ndarray:
+        """``(examples, layers x width)``: the layers side by side."""
+        return self.values.reshape(len(self.values), -1)
+
+    def pooled(self) -> np.ndarray:
+        """``(examples, width)``: the mean over the layers."""
+        return self.values.mean(axis=1)
+
+    def tokens(self, text: int) -> np.ndarray:
+        """``(tokens, layers, width)`` of one text; ValueError unless the position is ``"all"``."""
+        if self.offsets is None:
+            raise ValueError(f'tokens are kept at position "all", not at {self.position!r}')
+        return self.values[self.offsets[text] : self.offsets[text + 1]]
 
 
 class _Deep(Exception):
@@ -46,11 +73,12 @@ def extract_activations(
     *,
     layers: list[int] | None = None,
     position: str = "last",
-    batch_size: int = 32,
     half: bool | None = None,
+    batch_tokens: int = 2048,
+    cache: bool = False,
     progress: str | None = None,
 ) -> Activations:
-    """Hidden states of prompts (or prompt + response) at one position.
+    """Hidden states of prompts (or prompt + response).
 
     Parameters
     ----------
@@ -60,14 +88,21 @@ def extract_activations(
     layers
         0 (embeddings) to the number of blocks; default all.
     position
-        ``"last"`` token, or the ``"mean"`` over the tokens of the text (over the response, where one is given).
+        ``"last"`` token, the ``"mean"`` over the tokens of the text, or ``"all"`` of them (of the response, where one
+        is given).
     half
         bfloat16 autocast; default on a CPU. The result is float32 either way.
+    batch_tokens
+        A batch holds at most so many tokens, padding included, or a single text.
+    cache
+        Keep the result on disk, keyed by the model's weights, the texts' tokens and the settings, and return it
+        memory-mapped: asked for again, it is read instead of computed.
 
     Raises
     ------
     ValueError
-        No prompts, an unknown layer or position, or activations that are not finite.
+        No prompts, a text longer than the model's context, an unknown layer or position, or activations that are not
+        finite; a cached file that holds something else than its name says. Nothing is cached then.
     """
     blocks = decoder_layers(model)
     layers = list(range(len(blocks) + 1)) if layers is None else sorted(set(layers))
@@ -77,39 +112,55 @@ def extract_activations(
         raise ValueError(f"position {position!r}: expected one of {', '.join(POSITIONS)}")
     if not layers or layers[0] < 0 or layers[-1] > len(blocks):
         raise ValueError(f"layers {layers}: this model has 0 (embeddings) to {len(blocks)}")
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
     if responses is None:
-        rendered = render_prompts(tokenizer, prompts)
-        starts = [0] * len(prompts)
+        texts = render_prompts(tokenizer, prompts, max_length=context)
+        starts = [0] * len(texts)
     else:
-        pairs = render_pairs(tokenizer, prompts, responses)
-        rendered, starts = [p.input_ids for p in pairs], [p.prompt_length for p in pairs]
-
-    values: np.ndarray | None = None
-    order = sorted(range(len(prompts)), key=lambda i: len(rendered[i]))
+        pairs = render_pairs(tokenizer, prompts, responses, max_length=context)
+        texts, starts = [p.input_ids for p in pairs], [p.prompt_length for p in pairs]
     half = model.device.type == "cpu" if half is None else half
-    cast = torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext()
-    bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="prompt", leave=False)
-    with _eval_mode(model), torch.no_grad(), cast, bar:
-        for first in range(0, len(order), batch_size):
-            rows = order[first : first + batch_size]
-            ids, mask = pad_left([rendered[i] for i in rows], tokenizer.pad_token_id)
-            counted = mask.clone()
-            for r, i in enumerate(rows):  # left padding: text starts at longest - length
-                counted[r, : ids.shape[1] - len(rendered[i]) + starts[i]] = 0
-            counted = counted.to(model.device)
-            with _read_layers(model, blocks, layers, lambda h, counted=counted: _pool(h, counted, position)) as read:
-                try:
-                    model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
-                except _Deep:
-                    pass
-            batch = torch.stack([read[layer] for layer in layers], dim=1).cpu().numpy()
-            if values is None:
-                values = np.empty((len(prompts), *batch.shape[1:]), dtype=np.float32)
-            values[rows] = batch
-            bar.update(len(rows))
-    if not np.isfinite(values).all():
-        raise ValueError("activations are not finite: load the model in float32 or bfloat16 instead of float16")
-    return Activations(values, tuple(layers), position)
+    offsets = np.cumsum([0, *(len(t) - s if position == "all" else 1 for t, s in zip(texts, starts))])
+    shape = (int(offsets[-1]), len(layers), config.hidden_size)
+
+    def fill(values: np.ndarray) -> None:
+        cast = torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False) if half else nullcontext()
+        bar = tqdm(total=len(texts), desc=progress, disable=progress is None, unit="prompt", leave=False)
+        with _eval_mode(model), torch.no_grad(), cast, bar:
+            for rows in _batches([len(t) for t in texts], batch_tokens):
+                # padded on the right and without a mask: nothing in a causal model looks that way
+                ids = pad_sequence([torch.tensor(texts[i]) for i in rows], batch_first=True, padding_value=tokenizer.pad_token_id)
+                spans = [(starts[i], len(texts[i])) for i in rows]
+                with _read_layers(blocks, layers, lambda h, spans=spans: _pool(h, spans, position)) as read:
+                    try:
+                        model(input_ids=ids.to(model.device), use_cache=False)
+                    except _Deep:
+                        pass
+                batch = torch.stack([read[layer] for layer in layers], dim=1).cpu().numpy()
+                if not np.isfinite(batch).all():
+                    raise ValueError("activations are not finite: load the model in float32 or bfloat16 instead of float16")
+                values[np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in rows])] = batch
+                bar.update(len(rows))
+
+    if cache:
+        about = {"model": model_fingerprint(model), "texts": _hash(texts, starts), "layers": layers, "position": position, "half": half}
+        values = _mapped(about, shape, fill)
+    else:
+        values = np.empty(shape, dtype=np.float32)
+        fill(values)
+    return Activations(values, tuple(layers), position, offsets if position == "all" else None)
+
+
+def _batches(lengths: list[int], batch_tokens: int):
+    """Indices of texts, sorted by length, cut so that rows x longest stays within ``batch_tokens``."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[i] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    yield batch
 
 
 @contextmanager
@@ -123,16 +174,16 @@ def _eval_mode(model):
         model.train(was_training)
 
 
-def _pool(hidden: torch.Tensor, counted: torch.Tensor, position: str) -> torch.Tensor:
-    """``(batch, length, width)`` -> ``(batch, width)`` float32; texts end at the right edge."""
+def _pool(hidden: torch.Tensor, spans: list[tuple[int, int]], position: str) -> torch.Tensor:
+    """``(batch, length, width)`` -> ``(batch, width)``, or ``(tokens, width)`` for ``"all"``; float32."""
     if position == "last":
-        return hidden[:, -1].float()
-    weights = counted[..., None].float()
-    return (hidden.float() * weights).sum(1) / weights.sum(1)
+        return hidden[range(len(spans)), [end - 1 for _, end in spans]].float()
+    counted = [row[start:end].float() for row, (start, end) in zip(hidden, spans)]
+    return torch.cat(counted) if position == "all" else torch.stack([tokens.mean(0) for tokens in counted])
 
 
 @contextmanager
-def _read_layers(model, blocks, layers: list[int], pool):
+def _read_layers(blocks, layers: list[int], pool):
     """Pooled outputs of the layers asked for; hooks exist inside this block only."""
     read: dict[int, torch.Tensor] = {}
     handles = []
@@ -156,3 +207,80 @@ def _read_layers(model, blocks, layers: list[int], pool):
     finally:
         for handle in handles:
             handle.remove()
+
+
+# ---------------------------------------------------------------------------------------------- identity
+
+# what differs between copies of one model that compute the same
+_INCIDENTAL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+
+
+def model_fingerprint(model) -> str:
+    """Hash of what a model computes with: its configuration, every weight, and the adapters that are on.
+
+    A PEFT model whose adapter is off has the fingerprint of the model inside.
+    """
+    active, scaling = set(), {}
+    for name, module in model.named_modules():
+        if hasattr(module, "disable_adapters") and not module.disable_adapters:
+            active |= {*module.active_adapters}
+            scaling |= {f"{name}.{a}": getattr(module, "scaling", {}).get(a) for a in module.active_adapters}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        adapter = name.rpartition(".lora_")[2].split(".")[1] if ".lora_" in name else None
+        if adapter is None or adapter in active:
+            weights[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _INCIDENTAL}
+    digest = hashlib.sha256(json.dumps([config, sorted(scaling.items())], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def template_fingerprint(tokenizer) -> str:
+    """Hash of a tokenizer's chat template."""
+    return _hash(tokenizer.chat_template)
+
+
+def _hash(*values) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+# ----------------------------------------------------------------------------------------------- the cache
+
+
+def _mapped(about: dict, shape: tuple[int, ...], fill) -> np.ndarray:
+    """The cached array of ``about``, read-only and memory-mapped; made by ``fill(array)`` where there is none."""
+    path = cache_dir() / "activations" / f"{_hash(about)}.safetensors"
+    if not path.is_file() or (values := _open(path, about, shape)) is None:
+        with atomic_path(path) as temp:
+            values = _create(temp, about, shape)
+            fill(values)
+            values.flush()
+        values = _open(path, about, shape)
+    return values
+
+
+def _create(path: Path, about: dict, shape: tuple[int, ...]) -> np.memmap:
+    """A safetensors file with room for one float32 array, open for writing."""
+    size = 4 * int(np.prod(shape))
+    header = json.dumps({"__metadata__": {"about": json.dumps(about)}, "values": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)  # data begins on a multiple of eight, as the format asks
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    return np.memmap(path, np.float32, "r+", offset=8 + len(header), shape=shape)
+
+
+def _open(path: Path, about: dict, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The array in ``path``; None if the file is broken, ValueError if it holds another model's or other texts' states."""
+    try:
+        with safe_open(path, "pt") as file:  # this framework maps the file, numpy's copies it
+            found, values = json.loads(file.metadata()["about"]), file.get_tensor("values")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
+    if found != about:
+        differing = ", ".join(k for k in about if found.get(k) != about[k])
+        raise ValueError(f"{path} holds activations of something else (differing: {differing}): it was renamed or edited; delete it")
+    values = values.numpy()
+    values.flags.writeable = False
+    return values if values.shape == shape else None

@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--model", default=None, help="embedded name, folder, .gguf file or hub id (default: the safe model)")
     for which in ("harmful", "benign", "test-harmful", "test-benign"):
         probe.add_argument(f"--{which}", metavar="F", help="a file or a registered set")
+    probe.add_argument("--out", type=Path, help="folder to save the default probe in, with its scorecard")
     probe.add_argument("--seed", type=int, default=0)
 
     train = command("train", _train, "fine-tune on your own pairs under a defence; writes a PEFT adapter")
@@ -150,12 +151,13 @@ def _model(args):
 
 
 def _probe(args) -> tuple[dict, str]:
-    from safelab.probes import probe_report
+    from safelab.models import SAFE
+    from safelab.probing import probe_report
 
     if bool(args.harmful) != bool(args.benign) or bool(args.test_harmful) != bool(args.test_benign):
         raise ValueError("give --harmful and --benign together, and likewise --test-harmful and --test-benign")
     model, tokenizer = _model(args)
-    report = probe_report(model, tokenizer, args.harmful, args.benign, args.test_harmful, args.test_benign, seed=args.seed, quick=args.quick)
+    report = probe_report(model, tokenizer, args.harmful, args.benign, args.test_harmful, args.test_benign, seed=args.seed, quick=args.quick, out=args.out, name=args.model or SAFE)
     rows = "\n".join(f"layer {r['layer']:>2}  train folds {r['cv_auroc']:.3f}  test {r['test_auroc']:.3f}" for r in report["layers"])
     a = report["test_auroc"]
     return report, f"{rows}\nlayer {report['layer']}: test AUROC {a['mean']:.3f} [{a['lo']:.3f}, {a['hi']:.3f}], n={a['n']}; text baseline {report['text_baseline_auroc']:.3f}"

@@ -104,6 +104,93 @@ def plot_risks(risks, harmful, *, ax: Axes) -> Axes:
     return ax
 
 
+# colour, marker and line of a series; lightness differs too, so that greyscale prints stay readable
+SERIES_STYLE = (("#0072B2", "o", "-"), ("#D55E00", "X", "--"), ("#009E73", "D", "-."), ("#E69F00", "^", ":"), ("#CC79A7", "v", (0, (1, 1))), ("#000000", "s", (0, (5, 1))))
+GROUP_STYLE = {
+    "harmful": ("#D55E00", "X"),
+    "twins": ("#56B4E9", "o"),
+    "everyday": ("#0072B2", "s"),
+    "role-play": ("#000000", "^"),
+}
+"""What prompts are: as in every figure, harmful is vermilion, benign blue."""
+
+
+def plot_curves(rows: list[dict], x: str, curves: dict[str, list[dict]], *, xlabel: str, ylabel: str, ax: Axes, chance: float | None = None) -> Axes:
+    """Figures ``{mean, lo, hi, n}`` along the rows' ``x``, one line with its 95 % band a curve; ``curves`` maps a name to one figure a row."""
+    places = [row[x] for row in rows]
+    at = np.arange(len(places)) if isinstance(places[0], str) else np.array(places)
+    for (name, figures), (colour, marker, line) in zip(curves.items(), SERIES_STYLE):
+        mean, lo, hi = (np.array([f[k] for f in figures]) for k in ("mean", "lo", "hi"))
+        ax.fill_between(at, lo, hi, color=colour, alpha=0.15, lw=0)
+        ax.plot(at, mean, color=colour, marker=marker, ls=line, ms=5, mec="white", mew=0.5, label=f"{name} (n={figures[0]['n']})")
+    if chance is not None:
+        ax.axhline(chance, color="#7f7f7f", lw=1, ls=(0, (4, 3)))
+        ax.annotate("chance", (at[0], chance), xytext=(0, 3), textcoords="offset points", color="#555555", fontsize=9)
+    if isinstance(places[0], str):
+        ax.set_xticks(at, [p.replace("\n", "\\n") for p in places], rotation=45, ha="right")
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.legend(frameon=False, fontsize=9)
+    return ax
+
+
+def plot_intervals(rows: list[dict], label: str, figures: dict[str, str], *, xlabel: str, ax: Axes) -> Axes:
+    """Rows from top to bottom, each with one dot and 95 % interval a figure; ``figures`` maps a key of the rows to its name."""
+    step = 0.7 / len(figures)
+    for k, ((key, name), (colour, marker, _)) in enumerate(zip(figures.items(), SERIES_STYLE)):
+        y = np.arange(len(rows)) + (k - (len(figures) - 1) / 2) * step
+        mean, lo, hi = (np.array([row[key][part] for row in rows]) for part in ("mean", "lo", "hi"))
+        ax.hlines(y, lo, hi, color=colour, lw=2)
+        ax.plot(mean, y, ls="", marker=marker, color=colour, ms=7, mec="white", mew=0.6, label=name)
+    ax.set_yticks(range(len(rows)), [row[label] for row in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_xlabel(xlabel)
+    ax.grid(axis="y", visible=False)
+    ax.legend(frameon=False, fontsize=9)
+    return ax
+
+
+def plot_calibration(y, probability, *, ax: Axes, bins: int = 10) -> Axes:
+    """How often prompts given a probability are harmful, in bins of equal width, against the diagonal; a dot's number is its cases."""
+    y, probability = np.asarray(y), np.asarray(probability)
+    which = np.minimum((probability * bins).astype(int), bins - 1)
+    points = [(probability[which == b].mean(), y[which == b].mean(), int((which == b).sum())) for b in np.unique(which)]
+    ax.plot([0, 1], [0, 1], color="#7f7f7f", lw=1, ls=(0, (4, 3)))
+    ax.plot([p[0] for p in points], [p[1] for p in points], color="#0072B2", marker="o", mec="white")
+    for mean, share, n in points:
+        ax.annotate(str(n), (mean, share), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8, color="#555555")
+    ax.set(xlim=(-0.04, 1.04), ylim=(-0.06, 1.12))
+    ax.set_xlabel("probability given by the probe")
+    ax.set_ylabel("share that is harmful")
+    return ax
+
+
+def plot_points(xy, groups, *, title: str, ax: Axes) -> Axes:
+    """Points ``(n, 2)`` of a projection, by group; the axes of a projection have no unit."""
+    xy, groups = np.asarray(xy), np.asarray(groups)
+    for k, group in enumerate(dict.fromkeys(groups.tolist())):
+        colour, marker = GROUP_STYLE.get(group, SERIES_STYLE[k % len(SERIES_STYLE)][:2])
+        of = groups == group
+        ax.scatter(*xy[of].T, s=22, marker=marker, color=colour, alpha=0.75, lw=0.4, ec="white", label=f"{group} (n={of.sum()})")
+    ax.set_title(title, fontsize=10, loc="left")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def plot_drift(rows: list[dict], key: str, *, ylabel: str, ax: Axes) -> Axes:
+    """``key`` of :func:`safelab.geometry.drift` by layer, one line a group."""
+    for k, group in enumerate(dict.fromkeys(row["group"] for row in rows)):
+        colour, marker = GROUP_STYLE.get(group, SERIES_STYLE[k % len(SERIES_STYLE)][:2])
+        points = [(row["layer"], row[key]) for row in rows if row["group"] == group]
+        ax.plot(*np.array(points).T, color=colour, marker=marker, ls=SERIES_STYLE[k % len(SERIES_STYLE)][2], ms=5, mec="white", mew=0.5, label=group)
+    ax.set_xlabel("layer")
+    ax.set_ylabel(ylabel)
+    ax.legend(frameon=False, fontsize=9)
+    return ax
+
+
 def save_figure(figure: Figure, path: str | Path, numbers: dict, alt: str) -> None:
     """Write ``path`` (PNG) and beside it the numbers behind it (JSON, with the alternative text)."""
     path = Path(path)

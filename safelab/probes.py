@@ -1,27 +1,27 @@
-"""HarmProbe: from activations to a calibrated probability that a prompt is harmful."""
+"""HarmProbe: from activations to a calibrated probability that a prompt is harmful; on disk; and its scorecard."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
+from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.multiclass import type_of_target
 from sklearn.utils.validation import check_is_fitted, validate_data
-from tqdm.auto import tqdm
 
-from safelab.activations import extract_activations
-from safelab.datasets import PROMPT_SETS, load_prompts
-from safelab.models import decoder_layers
+from safelab.activations import model_fingerprint, template_fingerprint
+from safelab.datasets import load_prompts
 from safelab.sources import atomic_dir
 
+KINDS = ("logistic", "difference", "mlp")
 DEFAULT_DEPTHS = (0.5, 0.67, 0.83, 1.0)
 """Layers the default probe reads, as shares of the model's depth: early layers carry wording, later ones intent."""
 
@@ -32,40 +32,54 @@ def default_layers(n_blocks: int) -> list[int]:
 
 
 class HarmProbe(ClassifierMixin, BaseEstimator):
-    """Standardisation and L2 logistic regression, its strength C chosen by cross-validation inside the training data.
+    """A classifier of activations whose probability of harm is calibrated inside the training data.
 
-    ``X`` is ``(examples, features)``: one layer's activations, or several layers' concatenated; ``y`` holds 1 for
-    harmful and 0 for benign. Logistic regression outputs probabilities, which are used as the risk as they are.
+    ``X`` is ``(examples, features)``: one layer, several layers pooled or concatenated (see
+    :class:`~safelab.activations.Activations`); ``y`` holds 1 for harmful and 0 for benign.
 
     Parameters
     ----------
+    kind
+        ``"logistic"``: standardisation and L2 logistic regression. It is fitted for probabilities, and its strength is
+        chosen by log loss over the folds, so that they are used as they are.
+        ``"difference"``: projection on the difference of the class means (Arditi et al. 2024).
+        ``"mlp"``: standardisation and one hidden layer of rectified units.
+        The last two are scaled to probabilities by a logistic fit to their scores on held-out folds (Platt 1999).
     Cs
-        Candidates for the inverse regularisation strength.
+        Candidates for the inverse regularisation strength of ``"logistic"``.
+    hidden
+        Units of ``"mlp"``.
     folds
         Folds of the inner cross-validation.
     random_state
-        Seed of the folds' shuffling.
+        Seed of the folds' shuffling and of the units' first weights.
 
     Attributes
     ----------
+    network_
+        ``[(weights, bias), ...]`` from *activation* space to the log-odds of harm, rectified in between; one pair if linear.
     coef_, intercept_
-        The decision function in *activation* space: ``x @ coef_ + intercept_`` is the log-odds.
+        Of a linear probe: ``x @ coef_ + intercept_`` is the log-odds.
     direction_
-        ``coef_`` at unit length.
+        Where the log-odds grow, in activation space and at unit length: ``coef_``, or the mean gradient over the training data.
     C_
-        The strength chosen.
+        The strength chosen (``"logistic"``).
     cv_auroc_
-        AUROC at that strength, averaged over the training folds: what layers are chosen by.
+        AUROC averaged over the training folds: what layers are chosen by.
     """
 
-    def __init__(self, Cs=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1), folds=5, random_state=0):
+    def __init__(self, kind="logistic", Cs=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1), hidden=64, folds=5, random_state=0):
+        self.kind = kind
         self.Cs = Cs
+        self.hidden = hidden
         self.folds = folds
         self.random_state = random_state
 
     def fit(self, X, y, groups=None):
         """Fit; ``groups`` keeps related rows (a prompt and its twin) in one fold of the inner cross-validation."""
         X, y = validate_data(self, X, y, dtype=np.float64)
+        if self.kind not in KINDS:
+            raise ValueError(f"no probe of kind {self.kind!r}: there are {', '.join(KINDS)}")
         kind = type_of_target(y)
         if kind not in ("binary", "multiclass"):
             raise ValueError(f"Unknown label type: {kind}")
@@ -80,21 +94,40 @@ class HarmProbe(ClassifierMixin, BaseEstimator):
         splits = list(StratifiedGroupKFold(self.folds, shuffle=True, random_state=self.random_state).split(X, y, groups))
         if any(len(np.unique(y[rows])) < 2 for fold in splits for rows in fold):
             raise ValueError(f"some of the {self.folds} folds hold only one class, as a group stays together: add groups, or use fewer folds")
-        search = GridSearchCV(
-            make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
-            {"logisticregression__C": list(self.Cs)},
-            cv=splits,
-            scoring={"log_loss": "neg_log_loss", "auroc": "roc_auc"},
-            refit="log_loss",
-        ).fit(X, y)
-        scaler, logistic = search.best_estimator_[0], search.best_estimator_[1]
-        # back from standardised to activation space, so that the direction means something there
-        self.coef_ = logistic.coef_[0] / scaler.scale_
-        self.intercept_ = float(logistic.intercept_[0] - scaler.mean_ @ self.coef_)
-        self.direction_ = self.coef_ / max(np.linalg.norm(self.coef_), 1e-12)
-        self.C_ = float(logistic.C)
-        self.cv_auroc_ = float(search.cv_results_["mean_test_auroc"][search.best_index_])
+
+        if self.kind == "logistic":
+            search = GridSearchCV(
+                make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
+                {"logisticregression__C": list(self.Cs)},
+                cv=splits,
+                scoring={"log_loss": "neg_log_loss", "auroc": "roc_auc"},
+                refit="log_loss",
+            ).fit(X, y)
+            scaler, logistic = search.best_estimator_
+            self.network_ = _in_activation_space(scaler, [(logistic.coef_.T, logistic.intercept_)])
+            self.C_ = float(logistic.C)
+            self.cv_auroc_ = float(search.cv_results_["mean_test_auroc"][search.best_index_])
+        else:
+            fit_network = self._mlp if self.kind == "mlp" else _difference_of_means
+            held_out, aurocs = np.empty(len(y)), []
+            for train, test in splits:
+                held_out[test] = _forward(fit_network(X[train], y[train]), X[test])
+                aurocs.append(roc_auc_score(y[test], held_out[test]))
+            self.network_ = _calibrated(fit_network(X, y), held_out, y)
+            self.cv_auroc_ = float(np.mean(aurocs))
+        self._describe(_slope(self.network_, X))
         return self
+
+    def _mlp(self, X, y):
+        mlp = MLPClassifier((self.hidden,), alpha=1.0, solver="lbfgs", max_iter=100, random_state=self.random_state)
+        scaler = StandardScaler().fit(X)
+        mlp.fit(scaler.transform(X), y)
+        return _in_activation_space(scaler, list(zip(mlp.coefs_, mlp.intercepts_)))
+
+    def _describe(self, slope: np.ndarray) -> None:
+        self.direction_ = slope / max(np.linalg.norm(slope), 1e-12)
+        if len(self.network_) == 1:
+            self.coef_, self.intercept_ = self.network_[0][0][:, 0], float(self.network_[0][1][0])
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -104,8 +137,7 @@ class HarmProbe(ClassifierMixin, BaseEstimator):
     def decision_function(self, X):
         """Log-odds of harm, ``(examples,)``."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=np.float64, reset=False)
-        return X @ self.coef_ + self.intercept_
+        return _forward(self.network_, validate_data(self, X, dtype=np.float64, reset=False))
 
     def predict_proba(self, X):
         """``(examples, 2)``: probability of benign, of harmful."""
@@ -118,30 +150,127 @@ class HarmProbe(ClassifierMixin, BaseEstimator):
         return self.classes_[(self.decision_function(X) > 0).astype(int)]
 
 
-def save_probe(probe: HarmProbe, folder: str | Path, *, layers: list[int], model: str, position: str = "last", **about) -> None:
-    """Write ``probe.safetensors`` and ``probe.json`` (layers, model name, whatever is given in ``about``)."""
+def _forward(network, X: np.ndarray) -> np.ndarray:
+    for weights, bias in network[:-1]:
+        X = np.maximum(X @ weights + bias, 0)
+    weights, bias = network[-1]
+    return (X @ weights + bias)[:, 0]
+
+
+def _in_activation_space(scaler: StandardScaler, network):
+    """The same network without its standardisation, so that directions mean something among activations."""
+    (weights, bias), *rest = network
+    weights = weights / scaler.scale_[:, None]
+    return [(weights, bias - scaler.mean_ @ weights), *rest]
+
+
+def _difference_of_means(X: np.ndarray, y: np.ndarray):
+    benign, harmful = X[y == 0].mean(0), X[y == 1].mean(0)
+    direction = harmful - benign
+    return [(direction[:, None], np.array([-direction @ (benign + harmful) / 2]))]
+
+
+def _calibrated(network, held_out: np.ndarray, y: np.ndarray):
+    """The network with its output scaled to log-odds; constant where held-out scores rank the classes the wrong way round."""
+    spread = max(held_out.std(), 1e-12)
+    platt = LogisticRegression(C=1e3).fit(held_out[:, None] / spread, y)
+    scale, shift = platt.coef_[0, 0] / spread, platt.intercept_[0]
+    if scale <= 0:
+        scale, shift = 0.0, np.log(y.mean() / (1 - y.mean()))
+    weights, bias = network[-1]
+    return [*network[:-1], (weights * scale, bias * scale + shift)]
+
+
+def _slope(network, X: np.ndarray) -> np.ndarray:
+    """Gradient of the log-odds, averaged over ``X``."""
+    weights, bias = network[0]
+    if len(network) == 1:
+        return weights[:, 0]
+    return weights @ (network[1][0][:, 0] * (X @ weights + bias > 0).mean(0))
+
+
+# ------------------------------------------------------------------------------------------- on disk
+
+
+def save_probe(
+    probe: HarmProbe, folder: str | Path, *, model, tokenizer, layers: list[int], data: str, position: str = "last", join: str = "concatenated", **about
+) -> None:
+    """Write ``probe.safetensors`` and ``probe.json``.
+
+    Parameters
+    ----------
+    model, tokenizer
+        What the activations came from: the hash of its weights and of its chat template are kept.
+    layers, position, join
+        How the features were made of activations (``join``: "concatenated" or "pooled").
+    data
+        Hash of the training data (:func:`data_fingerprint`).
+    about
+        What else the card shall say, such as ``name`` and ``scorecard``; JSON types.
+
+    Raises
+    ------
+    FileExistsError
+        The folder exists.
+    """
     from safetensors.numpy import save_file
 
     check_is_fitted(probe)
+    if Path(folder).exists():
+        raise FileExistsError(f"{folder} exists: give another folder, or remove it first")
+    card = {
+        "kind": probe.kind,
+        "layers": list(layers),
+        "position": position,
+        "join": join,
+        "width": probe.n_features_in_,
+        "model": model_fingerprint(model),
+        "template": template_fingerprint(tokenizer),
+        "data": data,
+        "C": getattr(probe, "C_", None),
+        "cv_auroc": probe.cv_auroc_,
+        **about,
+    }
+    tensors = {f"{part}.{i}": a for i, pair in enumerate(probe.network_) for part, a in zip(("weights", "bias"), pair)}
     with atomic_dir(folder) as temp:
-        save_file({"coef": probe.coef_, "intercept": np.array([probe.intercept_])}, temp / "probe.safetensors")
-        card = {"layers": list(layers), "model": model, "position": position, "C": probe.C_, "width": len(probe.coef_), **about}
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()} | {"direction": probe.direction_}, temp / "probe.safetensors")
         (temp / "probe.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
-def load_probe(folder: str | Path, *, model: str) -> tuple[HarmProbe, dict]:
-    """A saved probe and its card; ValueError if it was trained on another model."""
+def load_probe(folder: str | Path, *, model, tokenizer) -> tuple[HarmProbe, dict]:
+    """A saved probe and its card.
+
+    Raises
+    ------
+    ValueError
+        The folder holds no probe, or one trained on other weights or another chat template.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    card = json.loads((Path(folder) / "probe.json").read_text(encoding="utf-8"))
-    if card["model"] != model:
-        raise ValueError(f"the probe in {folder} was trained on {card['model']!r}, not on {model!r}: train one for this model")
-    weights = load_file(Path(folder) / "probe.safetensors")
-    probe = HarmProbe()
-    probe.coef_, probe.intercept_ = weights["coef"], float(weights["intercept"][0])
-    probe.direction_ = probe.coef_ / max(np.linalg.norm(probe.coef_), 1e-12)
-    probe.C_, probe.classes_, probe.n_features_in_ = card["C"], np.array([0, 1]), len(probe.coef_)
+    try:
+        card = json.loads((Path(folder) / "probe.json").read_text(encoding="utf-8"))
+        tensors = load_file(Path(folder) / "probe.safetensors")
+        network = [(tensors[f"weights.{i}"], tensors[f"bias.{i}"]) for i in range(len(tensors) // 2)]
+        probe = HarmProbe(card["kind"])
+        trained_on = {"model": card["model"], "template": card["template"]}
+        probe.C_, probe.cv_auroc_, probe.n_features_in_ = card["C"], card["cv_auroc"], card["width"]
+        slope = tensors["direction"]
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} is not a saved probe ({type(error).__name__}: {error}): probe.json and probe.safetensors are needed") from error
+    here = {"model": model_fingerprint(model), "template": template_fingerprint(tokenizer)}
+    if trained_on != here:
+        what = "the weights" if trained_on["model"] != here["model"] else "the chat template"
+        raise ValueError(f"the probe in {folder} was trained on another model ({what} differ: {card.get('name', 'unnamed')}): train one for this model")
+    probe.network_, probe.classes_ = network, np.array([0, 1])
+    probe._describe(slope)
     return probe, card
+
+
+def data_fingerprint(prompts: list[str], labels) -> str:
+    """Hash of a training set: its prompts and labels, in order."""
+    return hashlib.sha256(json.dumps([list(prompts), [int(label) for label in labels]]).encode()).hexdigest()[:32]
+
 
 # ------------------------------------------------------------------------------------- training data
 
@@ -159,71 +288,52 @@ def probe_prompts() -> tuple[list[str], np.ndarray, np.ndarray]:
     return prompts, labels, np.r_[np.arange(n_pairs), np.arange(len(prompts) - n_pairs)]
 
 
-# ------------------------------------------------------------------------------------------- report
+# ----------------------------------------------------------------------------------------- scorecard
 
 
-def bootstrap_auroc(y: np.ndarray, scores: np.ndarray, *, draws: int = 1000, seed: int = 0) -> dict:
-    """AUROC with its 95 % percentile interval over resampled cases: ``{mean, lo, hi, n}``."""
+def scorecard(y, probability, *, draws: int = 1000, seed: int = 0) -> dict:
+    """What a probe's probabilities are worth: each figure with its 95 % percentile interval over resampled cases.
+
+    Returns
+    -------
+    dict
+        ``auroc``, ``average_precision``, ``recall_at_1%_fpr``, ``recall_at_5%_fpr`` and ``ece`` (10 bins of equal
+        width), each ``{mean, lo, hi, n}``. Draws without both classes are left out.
+
+    Raises
+    ------
+    ValueError
+        Cases of one class only, or probabilities that are not numbers.
+    """
+    y, p = np.asarray(y), np.asarray(probability, dtype=float)
+    if not 0 < y.sum() < len(y):
+        raise ValueError(f"a scorecard needs harmful and benign cases, got {int(y.sum())} harmful of {len(y)}")
+    if not np.isfinite(p).all():
+        raise ValueError("some probabilities are not finite")
+    order = np.argsort(-p, kind="stable")
+    y, p = y[order], p[order]
+    # a draw is a weight for every case; the first row is the sample itself
     rng = np.random.default_rng(seed)
-    drawn = []
-    while len(drawn) < draws:
-        rows = rng.integers(0, len(y), len(y))
-        if 0 < y[rows].sum() < len(y):
-            drawn.append(roc_auc_score(y[rows], scores[rows]))
-    lo, hi = np.percentile(drawn, [2.5, 97.5])
-    return {"mean": float(roc_auc_score(y, scores)), "lo": float(lo), "hi": float(hi), "n": len(y)}
-
-
-def recall_at_fpr(y: np.ndarray, scores: np.ndarray, fpr: float) -> float:
-    """Share of harmful cases above the threshold that at most ``fpr`` of the benign ones pass."""
-    false, true, _ = roc_curve(y, scores, drop_intermediate=False)
-    return float(true[false <= fpr].max())
+    weights = np.vstack([np.ones(len(y)), rng.multinomial(len(y), np.full(len(y), 1 / len(y)), size=draws)])
+    steps = np.r_[np.flatnonzero(np.diff(p)), len(p) - 1]  # cases with equal scores pass a threshold together
+    true, false = (weights * y).cumsum(1)[:, steps], (weights * (1 - y)).cumsum(1)[:, steps]
+    keep = (true[:, -1] > 0) & (false[:, -1] > 0)
+    weights, true, false = weights[keep], true[keep], false[keep]
+    harmful, benign = true[:, -1:], false[:, -1:]
+    more_true, more_false = np.diff(true, axis=1, prepend=0), np.diff(false, axis=1, prepend=0)
+    bins = np.minimum((p * 10).astype(int), 9)
+    values = {
+        "auroc": (more_false * (true - more_true / 2)).sum(1) / (harmful * benign)[:, 0],
+        "average_precision": (more_true * true / np.maximum(true + false, 1)).sum(1) / harmful[:, 0],
+        "recall_at_1%_fpr": (np.where(false <= 0.01 * benign, true, 0) / harmful).max(1),
+        "recall_at_5%_fpr": (np.where(false <= 0.05 * benign, true, 0) / harmful).max(1),
+        "ece": sum(np.abs((weights * (p - y))[:, bins == b].sum(1)) for b in range(10)) / len(y),
+    }
+    intervals = {name: np.percentile(v[1:], [2.5, 97.5]) if len(v) > 1 else (v[0], v[0]) for name, v in values.items()}
+    return {name: {"mean": float(v[0]), "lo": float(intervals[name][0]), "hi": float(intervals[name][1]), "n": len(y)} for name, v in values.items()}
 
 
 def expected_calibration_error(y: np.ndarray, probability: np.ndarray, bins: int = 10) -> float:
     """Mean gap between confidence and frequency over equal-width bins, weighted by their cases (Naeini et al. 2015)."""
     which = np.minimum((probability * bins).astype(int), bins - 1)
     return float(sum(abs(probability[which == b].mean() - y[which == b].mean()) * (which == b).mean() for b in np.unique(which)))
-
-
-def probe_report(model, tokenizer, harmful=None, benign=None, test_harmful=None, test_benign=None, *, seed: int = 0, quick: bool = False) -> dict:
-    """Fit a probe per layer, pick the layer on training folds, and test it on prompts that it never saw.
-
-    Each set is a file or a registered name; by default training uses :func:`probe_prompts`, and the test is our
-    held-out harmful prompts and StrongREJECT against the twins and everyday prompts of the ``eval`` split.
-    A text baseline (TF-IDF and logistic regression on the same prompts) stands beside it: what it can do, wording does.
-    """
-    if harmful:
-        parts = [list(load_prompts(harmful)["prompt"]), list(load_prompts(benign)["prompt"])]
-        train, y = sum(parts, []), np.repeat([1, 0], [len(p) for p in parts])
-        groups = np.arange(len(train))
-    else:
-        train, y, groups = probe_prompts()
-    names = ([test_harmful], [test_benign]) if test_harmful else (["harmful", "strongreject"], ["twins", "everyday"])
-    tests = [sum((list(load_prompts(n, "eval" if n in PROMPT_SETS else None)["prompt"]) for n in side), []) for side in names]
-    test, y_test = sum(tests, []), np.repeat([1, 0], [len(t) for t in tests])
-    overlap = set(train) & set(test)
-    if overlap:
-        raise ValueError(f"{len(overlap)} prompts are in both the training and the test set, such as {next(iter(overlap))[:60]!r}: remove them")
-
-    n_blocks = len(decoder_layers(model))
-    layers = default_layers(n_blocks) if quick else list(range(1, n_blocks + 1))
-    states = extract_activations(model, tokenizer, train, layers=layers, progress="training prompts")
-    held_out = extract_activations(model, tokenizer, test, layers=layers, progress="test prompts")
-    rows, scores = [], {}
-    for layer in tqdm(layers, desc="probes", unit="layer", leave=False):
-        probe = HarmProbe(random_state=seed).fit(states.layer(layer), y, groups=groups)
-        scores[layer] = probe.predict_proba(held_out.layer(layer))[:, 1]
-        rows.append({"layer": layer, "cv_auroc": probe.cv_auroc_, "test_auroc": float(roc_auc_score(y_test, scores[layer])), "C": probe.C_})
-    best = max(rows, key=lambda r: r["cv_auroc"])["layer"]
-    text = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(max_iter=2000)).fit(train, y)
-    return {
-        "layer": best,
-        "test_auroc": bootstrap_auroc(y_test, scores[best], seed=seed),
-        "text_baseline_auroc": float(roc_auc_score(y_test, text.predict_proba(test)[:, 1])),
-        "recall_at_fpr": {str(f): recall_at_fpr(y_test, scores[best], f) for f in (0.01, 0.05)},
-        "ece": expected_calibration_error(y_test, scores[best]),
-        "layers": rows,
-        "n_train": len(train),
-        "seed": seed,
-    }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES
 
-from safelab.activations import Activations, extract_activations
+from safelab import activations
+from safelab.activations import Activations, extract_activations, model_fingerprint, template_fingerprint
 from safelab.models import decoder_layers, render_pairs, render_prompts
 
 # From one token to several hundred, not sorted: batches pad a lot, and Gemma's window of 16 tokens is exceeded.
@@ -55,7 +58,7 @@ def test_a_padded_batch_gives_what_each_prompt_gives_alone(family, position):
     model, tokenizer = family
     ids = render_prompts(tokenizer, PROMPTS)
     assert min(map(len, ids)) < 40 and max(map(len, ids)) > 150
-    got = extract_activations(model, tokenizer, PROMPTS, position=position, half=False, batch_size=len(PROMPTS))
+    got = extract_activations(model, tokenizer, PROMPTS, position=position, half=False, batch_tokens=10**6)
     expected = np.stack([pooled(block_outputs(model, row), position) for row in ids])
     assert got.values.shape == (len(PROMPTS), 5, 32) and got.values.dtype == np.float32
     assert got.layers == (0, 1, 2, 3, 4) and got.position == position
@@ -66,9 +69,32 @@ def test_a_padded_batch_gives_what_each_prompt_gives_alone(family, position):
 def test_with_responses_the_position_is_over_the_response(family, position):
     model, tokenizer = family
     pairs = render_pairs(tokenizer, PROMPTS, RESPONSES)
-    got = extract_activations(model, tokenizer, PROMPTS, RESPONSES, position=position, half=False, batch_size=3)
+    got = extract_activations(model, tokenizer, PROMPTS, RESPONSES, position=position, half=False, batch_tokens=300)
     expected = np.stack([pooled(block_outputs(model, p.input_ids), position, p.prompt_length) for p in pairs])
     np.testing.assert_allclose(got.values, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("adapter", ["none", "on", "off"])
+def test_all_tokens_are_those_of_each_text_alone(name, adapter, tiny_model, tiny_tokenizer, random_lora):
+    model, tokenizer = tiny_model(name), tiny_tokenizer(name)
+    if adapter != "none":
+        model = random_lora(model)
+    if adapter == "off":
+        model.base_model.disable_adapter_layers()
+    for responses, texts in (
+        (None, [(ids, 0) for ids in render_prompts(tokenizer, PROMPTS)]),
+        (RESPONSES, [(p.input_ids, p.prompt_length) for p in render_pairs(tokenizer, PROMPTS, RESPONSES)]),
+    ):
+        got = extract_activations(model, tokenizer, PROMPTS, responses, position="all", layers=[0, 2, 4], half=False, batch_tokens=600)
+        assert got.values.shape == (sum(len(ids) - start for ids, start in texts), 3, 32)
+        for i, (ids, start) in enumerate(texts):
+            expected = block_outputs(model, ids)[[0, 2, 4], start:].transpose(1, 0, 2)
+            np.testing.assert_allclose(got.tokens(i), expected, rtol=0, atol=1e-4)
+        last = extract_activations(model, tokenizer, PROMPTS, responses, layers=[0, 2, 4], half=False)
+        mean = extract_activations(model, tokenizer, PROMPTS, responses, layers=[0, 2, 4], half=False, position="mean")
+        np.testing.assert_allclose([got.tokens(i)[-1] for i in range(len(PROMPTS))], last.values, rtol=0, atol=1e-4)
+        np.testing.assert_allclose([got.tokens(i).mean(0) for i in range(len(PROMPTS))], mean.values, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -115,17 +141,17 @@ def test_nothing_runs_past_the_deepest_layer(small, random_lora, layers, blocks_
     runs = []
     for number, module in enumerate([*(block.mlp for block in blocks), head]):
         module.register_forward_hook(lambda *_, number=number: runs.append(number))
-    extract_activations(model, tokenizer, PROMPTS[:3], layers=layers, batch_size=3)
+    extract_activations(model, tokenizer, PROMPTS[:3], layers=layers, batch_tokens=10**6)
     assert [runs.count(number) for number in range(5)] == [*blocks_run, 0]
 
 
 def test_results_come_in_the_order_of_the_prompts(small):
     model, tokenizer = small
-    one = extract_activations(model, tokenizer, PROMPTS, half=False, batch_size=1).values
-    for batch_size in (2, 3, 64):
-        got = extract_activations(model, tokenizer, PROMPTS, half=False, batch_size=batch_size).values
+    one = extract_activations(model, tokenizer, PROMPTS, half=False, batch_tokens=1).values
+    for batch_tokens in (100, 500, 10**6):
+        got = extract_activations(model, tokenizer, PROMPTS, half=False, batch_tokens=batch_tokens).values
         np.testing.assert_allclose(got, one, rtol=0, atol=1e-4)
-    backwards = extract_activations(model, tokenizer, PROMPTS[::-1], half=False, batch_size=2).values
+    backwards = extract_activations(model, tokenizer, PROMPTS[::-1], half=False, batch_tokens=200).values
     np.testing.assert_allclose(backwards[::-1], one, rtol=0, atol=1e-4)
     assert len(np.unique(one[:, -1].round(3), axis=0)) == len(PROMPTS), "the prompts should differ, or their order cannot show"
 
@@ -182,7 +208,7 @@ def test_unknown_layers(small, layers):
 
 
 def test_other_wrong_arguments(small):
-    with pytest.raises(ValueError, match="'first': expected one of last, mean"):
+    with pytest.raises(ValueError, match="'first': expected one of last, mean, all"):
         extract_activations(*small, PROMPTS, position="first")
     with pytest.raises(ValueError, match="no prompts"):
         extract_activations(*small, [])
@@ -200,6 +226,141 @@ def test_values_that_are_not_finite_are_refused(small, value):
     assert np.isfinite(extract_activations(model, tokenizer, PROMPTS, layers=[1], half=False).values).all()
     with pytest.raises(ValueError, match="not finite.*float32 or bfloat16"):
         extract_activations(model, tokenizer, PROMPTS, half=False)
+
+
+def test_a_text_longer_than_the_context_is_refused_and_a_response_cut_to_fit(tiny_model, tiny_tokenizer):
+    model, tokenizer = tiny_model("llama3", max_position_embeddings=64), tiny_tokenizer("llama3")
+    with pytest.raises(ValueError, match="prompt 1 has .* tokens, but the limit is 64"):
+        extract_activations(model, tokenizer, ["Hi", PROMPTS[0]])
+    with pytest.raises(ValueError, match="prompt 0 has .* leaves no room for a response within 64"):
+        extract_activations(model, tokenizer, [PROMPTS[0]], ["Hi"])
+    long = extract_activations(model, tokenizer, ["Hi"], [PROMPTS[0]], position="all")
+    prompt = len(render_prompts(tokenizer, ["Hi"])[0])
+    assert len(long.tokens(0)) == 64 - prompt
+
+
+def test_no_batch_exceeds_its_budget_and_no_text_is_lost():
+    lengths = [5, 300, 7, 7, 64, 20, 1, 33]
+    batches = list(activations._batches(lengths, 100))
+    assert sorted(sum(batches, [])) == list(range(8))
+    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 100 for b in batches)
+    assert [1] in batches, "a text above the budget gets a batch of its own"
+
+
+def test_layers_side_by_side_and_pooled(small):
+    states = extract_activations(*small, PROMPTS, layers=[1, 3])
+    np.testing.assert_array_equal(states.concatenated(), np.hstack([states.layer(1), states.layer(3)]))
+    np.testing.assert_allclose(states.pooled(), (states.layer(1) + states.layer(3)) / 2, rtol=1e-6)
+    with pytest.raises(ValueError, match="kept at position \"all\", not at 'last'"):
+        states.tokens(0)
+
+
+# ----------------------------------------------------------------------------------------------- identity
+
+
+def test_a_fingerprint_follows_the_weights_and_not_the_name(tiny_model, tiny_tokenizer, saved_model):
+    from safelab.models import load_model
+
+    model = tiny_model("llama3")
+    first = model_fingerprint(model)
+    assert model_fingerprint(tiny_model("llama3")) == first != model_fingerprint(tiny_model("llama3", seed=1))
+    assert model_fingerprint(load_model(saved_model("llama3"), device="cpu")[0]) == first
+    assert model_fingerprint(tiny_model("llama3", rope_parameters={"rope_type": "default", "rope_theta": 5e5})) != first
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight[0, 0] += 1e-3
+    assert model_fingerprint(model) != first
+    assert len({template_fingerprint(tiny_tokenizer(name)) for name in FAMILIES}) == len(FAMILIES)
+
+
+def test_a_fingerprint_knows_which_adapter_is_on(tiny_model, random_lora):
+    plain = model_fingerprint(tiny_model("llama3"))
+    tuned = random_lora(tiny_model("llama3"))
+    on = model_fingerprint(tuned)
+    with tuned.disable_adapter():
+        assert model_fingerprint(tuned) == plain
+    other = model_fingerprint(random_lora(tiny_model("llama3"), seed=1))
+    louder = model_fingerprint(random_lora(tiny_model("llama3"), lora_alpha=16))
+    assert len({plain, on, other, louder}) == 4 and model_fingerprint(tuned) == on
+
+
+# ---------------------------------------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFELAB_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "activations"
+
+
+@pytest.mark.parametrize("position", ["last", "mean", "all"])
+def test_a_cached_result_is_the_same_and_computed_once(small, home, position, monkeypatch):
+    model, tokenizer = small
+    plain = extract_activations(model, tokenizer, PROMPTS, position=position, layers=[1, 4])
+    first = extract_activations(model, tokenizer, PROMPTS, position=position, layers=[1, 4], cache=True)
+    (file,) = home.iterdir()
+    assert file.suffix == ".safetensors"
+    monkeypatch.setattr(activations, "_read_layers", lambda *_: pytest.fail("computed again"))
+    again = extract_activations(model, tokenizer, PROMPTS, position=position, layers=[1, 4], cache=True)
+    for got in (first, again):
+        np.testing.assert_array_equal(got.values, plain.values)
+        assert got.layers == plain.layers and got.position == position
+        assert not got.values.flags.writeable and not got.values.flags.owndata, "mapped, not copied"
+    if position == "all":
+        np.testing.assert_array_equal(again.offsets, plain.offsets)
+
+
+def test_what_changes_the_result_changes_the_file(tiny_model, tiny_tokenizer, random_lora, home):
+    model, tokenizer = tiny_model("llama3"), tiny_tokenizer("llama3")
+    tuned = random_lora(tiny_model("llama3"))
+    short = tiny_tokenizer("llama3")
+    short.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}:"
+    calls = [
+        lambda **k: extract_activations(model, tokenizer, PROMPTS, **k),
+        lambda **k: extract_activations(tiny_model("llama3", seed=1), tokenizer, PROMPTS, **k),
+        lambda **k: extract_activations(tuned, tokenizer, PROMPTS, **k),
+        lambda **k: extract_activations(model, short, PROMPTS, **k),
+        lambda **k: extract_activations(model, tokenizer, PROMPTS[::-1], **k),
+        lambda **k: extract_activations(model, tokenizer, PROMPTS, RESPONSES, **k),
+        lambda **k: extract_activations(model, tokenizer, PROMPTS, layers=[2], **k),
+        lambda **k: extract_activations(model, tokenizer, PROMPTS, position="mean", **k),
+        lambda **k: extract_activations(model, tokenizer, PROMPTS, half=False, **k),
+    ]
+    for number, call in enumerate(calls, 1):
+        np.testing.assert_array_equal(call(cache=True).values, call().values)
+        assert len(list(home.iterdir())) == number
+    with tuned.disable_adapter():  # the model inside, which is cached already
+        extract_activations(tuned, tokenizer, PROMPTS, cache=True)
+    assert len(list(home.iterdir())) == len(calls)
+
+
+def test_a_broken_file_is_made_again_and_a_foreign_one_refused(small, home):
+    model, tokenizer = small
+    expected = extract_activations(model, tokenizer, PROMPTS, layers=[1], cache=True).values.copy()
+    extract_activations(model, tokenizer, PROMPTS, layers=[2], cache=True)
+    by_layer = {json.loads(activations.safe_open(f, "pt").metadata()["about"])["layers"][0]: f for f in home.iterdir()}
+    for content in (by_layer[1].read_bytes()[:-4], by_layer[1].read_bytes()[:40], b""):
+        by_layer[1].unlink()
+        by_layer[1].write_bytes(content)
+        np.testing.assert_array_equal(extract_activations(model, tokenizer, PROMPTS, layers=[1], cache=True).values, expected)
+    other = by_layer[2].read_bytes()
+    by_layer[1].unlink()
+    by_layer[1].write_bytes(other)
+    with pytest.raises(ValueError, match=r"holds activations of something else \(differing: layers\).*delete it"):
+        extract_activations(model, tokenizer, PROMPTS, layers=[1], cache=True)
+    assert by_layer[1].read_bytes() == other
+
+
+def test_nothing_is_cached_on_an_error(small, home):
+    model, tokenizer = small
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        extract_activations(model, tokenizer, PROMPTS, cache=True, batch_tokens=64)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        extract_activations(model, tokenizer, ["a", ""], layers=[1], cache=True)
+    with pytest.raises(ValueError, match="this model has 0"):
+        extract_activations(model, tokenizer, PROMPTS, layers=[9], cache=True)
+    assert not home.exists() or not list(home.iterdir())
 
 
 def test_a_layer_that_was_not_extracted():

@@ -6,11 +6,12 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from sklearn.base import clone
 from sklearn.calibration import calibration_curve
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -18,13 +19,14 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from safelab import probes
 from safelab.probes import (
+    KINDS,
     HarmProbe,
-    bootstrap_auroc,
+    data_fingerprint,
     default_layers,
     expected_calibration_error,
     load_probe,
-    recall_at_fpr,
     save_probe,
+    scorecard,
 )
 
 
@@ -36,7 +38,7 @@ def _clouds(n: int = 80, width: int = 6, shift: float = 1.0, seed: int = 0) -> t
     return (rng.normal(size=(n, width)) + shift * y[:, None] + 5) * scale, y
 
 
-@parametrize_with_checks([HarmProbe(Cs=(1.0,), folds=2)])
+@parametrize_with_checks([HarmProbe(Cs=(1.0,), folds=2), HarmProbe("difference", folds=2), HarmProbe("mlp", hidden=8, folds=2)])
 def test_scikit_learns_contract(estimator, check):
     check(estimator)
 
@@ -142,6 +144,58 @@ def test_a_fit_is_repeatable_and_follows_its_seed():
     assert first.cv_auroc_ != other.cv_auroc_
 
 
+# ---------------------------------------------------------------------------------------------- the kinds
+
+
+def test_a_kind_that_does_not_exist():
+    with pytest.raises(ValueError, match="no probe of kind 'svm': there are logistic, difference, mlp"):
+        HarmProbe("svm").fit(*_clouds())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_ranks_and_is_calibrated_on_new_data(kind):
+    X, y = _clouds(600)
+    new, truth = _clouds(600, seed=1)
+    probe = HarmProbe(kind).fit(X, y)
+    risk = probe.predict_proba(new)[:, 1]
+    assert roc_auc_score(truth, risk) > (0.85 if kind != "difference" else 0.7)  # means are drowned by the widest feature
+    assert expected_calibration_error(truth, risk) < 0.09
+    assert abs(probe.cv_auroc_ - roc_auc_score(truth, risk)) < 0.05
+    assert np.linalg.norm(probe.direction_) == pytest.approx(1)
+    assert (new[truth == 1] @ probe.direction_).mean() > (new[truth == 0] @ probe.direction_).mean()
+
+
+def test_difference_of_means_is_that():
+    X, y = _clouds()
+    probe = HarmProbe("difference").fit(X, y)
+    difference = X[y == 1].mean(0) - X[y == 0].mean(0)
+    assert probe.direction_ == pytest.approx(difference / np.linalg.norm(difference))
+    assert probe.coef_ / probe.direction_ == pytest.approx(np.linalg.norm(probe.coef_))
+
+
+def test_the_mlp_learns_what_no_line_can():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(400, 2))
+    y = (X[:, 0] * X[:, 1] > 0).astype(int)
+    assert HarmProbe("mlp").fit(X, y).cv_auroc_ > 0.95 > 0.6 > HarmProbe().fit(X, y).cv_auroc_
+
+
+def test_the_direction_of_an_mlp_is_its_mean_gradient():
+    X, y = _clouds(100)
+    probe = HarmProbe("mlp", hidden=5).fit(X, y)
+    step = 1e-6 * np.eye(6) * np.abs(X).mean(0)
+    gradient = np.array([((probe.decision_function(X + s) - probe.decision_function(X - s)) / (2 * s.max())).mean() for s in step])
+    assert probe.direction_ == pytest.approx(gradient / np.linalg.norm(gradient), abs=1e-3)
+    assert not hasattr(probe, "coef_")
+
+
+@pytest.mark.parametrize("kind", ["difference", "mlp"])
+def test_without_a_signal_the_probability_is_the_base_rate(kind):
+    rng = np.random.default_rng(0)
+    risk = HarmProbe(kind).fit(rng.normal(size=(400, 4)), np.arange(400) % 4 == 0).predict_proba(rng.normal(size=(400, 4)))[:, 1]
+    assert risk.mean() == pytest.approx(0.25, abs=0.03) and risk.std() < 0.05
+
+
 # ------------------------------------------------------------------------------------------- refusals
 
 
@@ -185,46 +239,85 @@ def test_a_probe_that_is_not_fitted_or_gets_another_width_says_so():
 
 
 @pytest.fixture
-def saved(tmp_path):
+def small(tiny_model, tiny_tokenizer):
+    return {"model": tiny_model("llama3"), "tokenizer": tiny_tokenizer("llama3")}
+
+
+@pytest.fixture(params=KINDS)
+def saved(request, tmp_path, small):
     X, y = _clouds()
-    probe = HarmProbe().fit(X, y)
-    save_probe(probe, tmp_path / "probe", layers=[2, 4], model="tiny", position="mean", n_train=80)
+    probe = HarmProbe(request.param).fit(X, y)
+    save_probe(probe, tmp_path / "probe", **small, layers=[2, 4], position="mean", data="d", name="tiny", scorecard={"auroc": 1.0})
     return probe, tmp_path / "probe", X
 
 
-def test_a_saved_probe_comes_back_bit_for_bit(saved):
+def test_a_saved_probe_comes_back_bit_for_bit(saved, small):
     probe, folder, X = saved
-    loaded, card = load_probe(folder, model="tiny")
+    loaded, card = load_probe(folder, **small)
     assert (loaded.decision_function(X) == probe.decision_function(X)).all()
     assert (loaded.predict_proba(X) == probe.predict_proba(X)).all()
     assert (loaded.predict(X) == probe.predict(X)).all()
-    assert loaded.direction_ == pytest.approx(probe.direction_) and loaded.C_ == probe.C_
-    assert card == {"layers": [2, 4], "model": "tiny", "position": "mean", "C": probe.C_, "width": 6, "n_train": 80}
+    assert (loaded.direction_ == probe.direction_).all() and loaded.cv_auroc_ == probe.cv_auroc_
+    assert {k: card[k] for k in ("kind", "layers", "position", "join", "width", "data", "name", "scorecard")} == {
+        "kind": probe.kind, "layers": [2, 4], "position": "mean", "join": "concatenated", "width": 6, "data": "d", "name": "tiny", "scorecard": {"auroc": 1.0},
+    }  # fmt: skip
     assert sorted(p.name for p in folder.iterdir()) == ["probe.json", "probe.safetensors"]
 
 
-def test_a_probe_is_refused_on_another_model_and_another_width(saved):
+def test_a_probe_is_refused_on_another_model_template_or_width(saved, small, tiny_model, tiny_tokenizer):
     _, folder, X = saved
-    with pytest.raises(ValueError, match="trained on 'tiny', not on 'other'"):
-        load_probe(folder, model="other")
+    with pytest.raises(ValueError, match=r"trained on another model \(the weights differ: tiny\): train one for this model"):
+        load_probe(folder, model=tiny_model("llama3", seed=1), tokenizer=small["tokenizer"])
+    other = tiny_tokenizer("llama3")
+    other.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}:"
+    with pytest.raises(ValueError, match="the chat template differ"):
+        load_probe(folder, model=small["model"], tokenizer=other)
     with pytest.raises(ValueError, match="expecting 6"):
-        load_probe(folder, model="tiny")[0].predict_proba(X[:, :3])
+        load_probe(folder, **small)[0].predict_proba(X[:, :3])
 
 
-def test_a_probe_that_learned_nothing_comes_back_too(tmp_path):
+def test_a_folder_that_exists_is_not_written_over(saved, small):
+    probe, folder, _ = saved
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(FileExistsError, match="exists: give another folder"):
+        save_probe(probe, folder, **small, layers=[1], data="other")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["no card", "half a card", "no weights", "half the weights", "other weights"])
+def test_a_damaged_probe_is_refused(saved, small, damage):
+    _, folder, _ = saved
+    file = folder / ("probe.json" if "card" in damage else "probe.safetensors")
+    if damage.startswith("no"):
+        file.unlink()
+    elif damage.startswith("half"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        save_file({"something": np.zeros(3)}, file)
+    with pytest.raises(ValueError, match="is not a saved probe"):
+        load_probe(folder, **small)
+
+
+def test_a_probe_that_learned_nothing_comes_back_too(tmp_path, small):
     """Its coef is exactly 0, so that there is no direction to divide by."""
     probe = HarmProbe().fit(np.ones((20, 3)), np.arange(20) % 2)
-    save_probe(probe, tmp_path / "probe", layers=[1], model="tiny")
-    loaded, _ = load_probe(tmp_path / "probe", model="tiny")
+    save_probe(probe, tmp_path / "probe", **small, layers=[1], data="d")
+    loaded, _ = load_probe(tmp_path / "probe", **small)
     assert (loaded.direction_ == 0).all() and loaded.predict_proba(np.ones((1, 3))) == pytest.approx(0.5, abs=1e-6)
 
 
-def test_nothing_is_written_for_a_probe_that_is_not_fitted_or_a_card_that_is_no_json(tmp_path):
+def test_nothing_is_written_for_a_probe_that_is_not_fitted_or_a_card_that_is_no_json(tmp_path, small):
     with pytest.raises(NotFittedError):
-        save_probe(HarmProbe(), tmp_path / "probe", layers=[1], model="tiny")
+        save_probe(HarmProbe(), tmp_path / "probe", **small, layers=[1], data="d")
     with pytest.raises(TypeError):
-        save_probe(HarmProbe().fit(*_clouds()), tmp_path / "probe", layers=[1], model="tiny", note=object())
+        save_probe(HarmProbe().fit(*_clouds()), tmp_path / "probe", **small, layers=[1], data="d", note=object())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_data_fingerprint_follows_prompts_labels_and_order():
+    one = data_fingerprint(["a", "b"], [1, 0])
+    assert one == data_fingerprint(("a", "b"), np.array([1.0, 0.0]))
+    assert len({one, data_fingerprint(["a", "c"], [1, 0]), data_fingerprint(["a", "b"], [0, 1]), data_fingerprint(["b", "a"], [0, 1])}) == 4
 
 
 # ------------------------------------------------------------------------------------------- its figures
@@ -243,21 +336,39 @@ def scored():
     return y, np.round(np.clip(0.4 + 0.2 * y + rng.normal(0, 0.2, 200), 0, 1), 2)
 
 
-def test_auroc_lies_in_its_interval_which_narrows_with_n(scored):
+FIGURES = ("auroc", "average_precision", "recall_at_1%_fpr", "recall_at_5%_fpr", "ece")
+
+
+def test_a_scorecard_is_what_scikit_learn_finds(scored):
     y, scores = scored
-    found = bootstrap_auroc(y, scores, draws=300)
-    wins = np.sign(scores[y == 1][:, None] - scores[y == 0]).mean()  # P(harmful above benign) - P(below)
-    assert found["mean"] == pytest.approx((wins + 1) / 2) and found["n"] == 200
-    assert found["lo"] < found["mean"] < found["hi"]
-    wider = bootstrap_auroc(y[:40], scores[:40], draws=300)
-    assert wider["hi"] - wider["lo"] > 1.5 * (found["hi"] - found["lo"])
-    assert bootstrap_auroc(y, scores, draws=300) == found != bootstrap_auroc(y, scores, draws=300, seed=1)
-    json.dumps(found)
+    card = scorecard(y, scores)
+    assert tuple(card) == FIGURES
+    assert card["auroc"]["mean"] == pytest.approx(roc_auc_score(y, scores))
+    assert card["average_precision"]["mean"] == pytest.approx(average_precision_score(y, scores))
+    assert card["ece"]["mean"] == pytest.approx(expected_calibration_error(y, scores))
+    json.dumps(card)
+
+
+def test_figures_lie_in_their_intervals_which_narrow_with_n(scored):
+    y, scores = scored
+    card, few = scorecard(y, scores), scorecard(y[:40], scores[:40])
+    for name in ("auroc", "average_precision"):
+        assert card[name]["lo"] < card[name]["mean"] < card[name]["hi"] and card[name]["n"] == 200
+        assert few[name]["hi"] - few[name]["lo"] > 1.5 * (card[name]["hi"] - card[name]["lo"])
+    assert scorecard(y, scores) == card != scorecard(y, scores, seed=1)
+
+
+def test_an_interval_is_that_of_a_plain_bootstrap(scored):
+    y, scores = scored
+    card, rng = scorecard(y, scores), np.random.default_rng(5)
+    for name, metric in (("auroc", roc_auc_score), ("average_precision", average_precision_score), ("ece", expected_calibration_error)):
+        drawn = [metric(y[rows], scores[rows]) for rows in rng.integers(0, 200, (1000, 200))]
+        assert [card[name]["lo"], card[name]["hi"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.02)
 
 
 def test_the_bootstrap_interval_agrees_with_hanley_and_mcneil_1982(scored):
     y, scores = scored
-    found, n = bootstrap_auroc(y, scores), 100
+    found, n = scorecard(y, scores)["auroc"], 100
     a = found["mean"]
     q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
     error = np.sqrt((a * (1 - a) + (n - 1) * (q1 - a * a) + (n - 1) * (q2 - a * a)) / (n * n))
@@ -266,16 +377,22 @@ def test_the_bootstrap_interval_agrees_with_hanley_and_mcneil_1982(scored):
 
 def test_a_bootstrap_over_few_harmful_cases_skips_draws_without_any():
     y, scores = np.array([1] + [0] * 9), np.linspace(1, 0, 10)
-    assert bootstrap_auroc(y, scores, draws=50) == {"mean": 1.0, "lo": 1.0, "hi": 1.0, "n": 10}
+    assert scorecard(y, scores, draws=50)["auroc"] == {"mean": 1.0, "lo": 1.0, "hi": 1.0, "n": 10}
 
 
-@pytest.mark.parametrize("fpr", [0.0, 0.01, 0.05, 0.5])
-def test_recall_at_a_false_positive_rate_is_the_best_of_all_thresholds(scored, fpr):
+@pytest.mark.parametrize("y, scores, message", [([1, 1], [0.5, 0.6], "2 harmful of 2"), ([1, 0], [np.nan, 0.6], "not finite")])
+def test_no_scorecard_without_two_classes_or_of_nothing(y, scores, message):
+    with pytest.raises(ValueError, match=message):
+        scorecard(y, scores)
+
+
+@pytest.mark.parametrize("percent", [1, 5])
+def test_recall_at_a_false_positive_rate_is_the_best_of_all_thresholds(scored, percent):
     y, scores = scored
     best = max(
-        ((scores[y == 1] >= t).mean() for t in [*scores, 2.0] if (scores[y == 0] >= t).mean() <= fpr),
+        ((scores[y == 1] >= t).mean() for t in [*scores, 2.0] if (scores[y == 0] >= t).mean() <= percent / 100),
     )
-    assert recall_at_fpr(y, scores, fpr) == pytest.approx(best)
+    assert scorecard(y, scores)[f"recall_at_{percent}%_fpr"]["mean"] == pytest.approx(best)
 
 
 def test_calibration_error_is_0_where_frequencies_match_and_the_gap_where_not():
