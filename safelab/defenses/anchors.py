@@ -8,20 +8,20 @@ from datasets import Dataset, concatenate_datasets
 from safelab.datasets import load_prompts
 from safelab.evaluation import generate
 
-SETS = ("everyday", "twins", "harmful", "advbench")
+SHARES = {"everyday": 0.5, "twins": 0.25, "harmful": 0.25}
 
 
 def add_anchors(model, tokenizer, data: Dataset, n: int, *, seed: int = 0, answer_tokens: int = 16) -> Dataset:
     """``data`` (with ``risk``) and ``n`` anchors more: prompts of the ``probe`` splits with the safe model's own answers.
 
-    Half of them are harmful and half benign, so that what is held is the difference the safe model makes between the two.
+    Most are benign: what drifts first is the readiness to help. Some are harmful, so that what is held is the
+    difference that the safe model makes between the two.
     """
     rng = np.random.default_rng(seed)
     prompts = []
-    for index, name in enumerate(SETS):
+    for name, share in SHARES.items():
         pool = list(load_prompts(name, "probe")["prompt"])
-        share = n // len(SETS) + (index < n % len(SETS))
-        prompts += [pool[i] for i in rng.permutation(len(pool))[:share]]
+        prompts += [pool[i] for i in rng.permutation(len(pool))[: round(share * n)]]
     answers = generate(model, tokenizer, prompts, max_new_tokens=answer_tokens, progress="anchors")
     rows = [{"prompt": p, "response": a, "risk": 1.0, "anchor": True, "complete": False} for p, a in zip(prompts, answers) if a]
     free = data.select_columns(["prompt", "response", "risk"])
