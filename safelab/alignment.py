@@ -1,8 +1,9 @@
 """The safe start: teach a model to refuse what is harmful, and to stay as it was everywhere else.
 
-Harmful prompts get the opening of a refusal; benign prompts, twins of the harmful ones among them, get the opening of
-the model's own answer (and may be held to the unaligned model by KL besides). Only openings are learned: with whole
-responses nearly all of the loss is in the wording of refusals, and the one decision that matters is not learned.
+Harmful prompts get the opening of a refusal. Only openings are learned: with whole responses nearly all of the loss is
+in the wording of refusals, and the one decision that matters is not learned. Benign prompts, twins of the harmful ones among
+them, get texts drawn from the unaligned model itself and are held to it by KL alone: taught to repeat its likeliest answers
+instead, it would refuse as well, and come to find any other wording unlikely (a perplexity three times as high).
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from safelab.sources import atomic_dir, cache_dir, write_atomic
 logger = logging.getLogger(__name__)
 
 SETS = ("harmful", "advbench", "twins", "everyday")
-ANSWER_TOKENS = 32
 OPENINGS = ("I", "As", "No", "Sorry", "We", "Unfortunately", "My")
 
 
@@ -33,57 +33,72 @@ class AlignmentRecipe:
     learning_rate: float = 1e-3
     batch_size: int = 8
     rank: int = 8
-    opening_tokens: int = 8  # of each response: whether to refuse is decided there, and nothing else is to be learned
-    hold: float = 0.0  # beta of benign examples (their alpha is 1 - hold): how hard they are held to the unaligned model
+    opening_tokens: int = 8  # of each response that is learned: whether to refuse is decided there
+    held_tokens: int = 32  # of each text on which the model is held to the unaligned one
     seed: int = 0
 
 
 def alignment_data(model, tokenizer, recipe: AlignmentRecipe):
-    """The ``align`` splits as ``prompt``, ``response``, ``complete`` and ``risk`` (here: how much to stay as you are)."""
+    """The ``align`` splits as ``prompt``, ``response``, ``complete`` and ``risk`` (0: learn it; 1: stay as you are).
+
+    About one in ten of the embedded model's answers to benign prompts is an apology; those are generated again with such
+    openings ruled out and learned, so that the habit is not kept.
+    """
     from datasets import Dataset
 
     rng = random.Random(recipe.seed)
-    rows = []
-    for name in SETS:
-        for row in load_prompts(name, "align"):
-            refusal = rng.choice(load_refusals(row["category"])) if row["label"] else None
-            rows.append({"prompt": row["prompt"], "response": refusal, "complete": True, "risk": 0.0 if row["label"] else recipe.hold})
-    benign = [row for row in rows if row["response"] is None]
-    for row, answer in zip(benign, own_answers(model, tokenizer, [row["prompt"] for row in benign], ANSWER_TOKENS)):
-        row["response"] = answer
+    rows = [row for name in SETS for row in load_prompts(name, "align")]
+    benign = [row["prompt"] for row in rows if not row["label"]]
+    answers = iter(own_answers(model, tokenizer, benign, recipe.held_tokens, sample_seed=recipe.seed))
+    openings = iter(own_openings(model, tokenizer, benign))
+    examples = []
     for row in rows:
-        ids = tokenizer(row["response"], add_special_tokens=False).input_ids
-        row["complete"] = len(ids) < recipe.opening_tokens
-        row["response"] = tokenizer.decode(ids[: recipe.opening_tokens])
-    return Dataset.from_list([row for row in rows if row["response"].strip()])  # the model may say nothing
+        response, held = rng.choice(load_refusals(row["category"])) if row["label"] else next(openings), False
+        if not row["label"]:
+            answer = next(answers)
+            response, held = (response, False) if response else (answer, True)
+        ids = tokenizer(response, add_special_tokens=False).input_ids
+        limit = recipe.held_tokens if held else recipe.opening_tokens
+        examples.append({"prompt": row["prompt"], "response": tokenizer.decode(ids[:limit]), "complete": len(ids) < limit, "risk": float(held)})
+    return Dataset.from_list([e for e in examples if e["response"].strip()])  # the model may say nothing
 
 
-def own_answers(model, tokenizer, prompts: list[str], n_tokens: int) -> list[str]:
-    """The model's own greedy answers to benign prompts, cached by prompts and length.
+def own_answers(model, tokenizer, prompts: list[str], n_tokens: int, *, sample_seed: int) -> list[str]:
+    """Texts drawn from the model's own distribution, cached."""
+    from safelab.evaluation import generate
 
-    About one in ten of the embedded model's answers opens with an apology or a refusal; those are generated
-    again with such openings ruled out, so that the habit is not learned along.
-    """
+    key = [EMBEDDED, "sampled", n_tokens, sample_seed, prompts]
+    return _cached(key, lambda: generate(model, tokenizer, prompts, max_new_tokens=n_tokens, sample_seed=sample_seed, progress="the model's own answers"))
+
+
+def own_openings(model, tokenizer, prompts: list[str]) -> list[str]:
+    """For each prompt that the model would greedily refuse, what it says if it may not open so; else ``""``. Cached."""
     from safelab.evaluation import generate, is_refusal
 
-    key = hashlib.sha256(json.dumps([EMBEDDED, n_tokens, prompts, OPENINGS]).encode()).hexdigest()[:20]
-    file = cache_dir() / "answers" / f"{key}.json"
+    def find() -> list[str]:
+        refused = [i for i, a in enumerate(generate(model, tokenizer, prompts, max_new_tokens=12, progress="what the model refuses")) if is_refusal(a)]
+        first = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in OPENINGS]
+        found = [""] * len(prompts)
+        for i, answer in zip(refused, generate(model, tokenizer, [prompts[i] for i in refused], max_new_tokens=24, not_first=first)):
+            found[i] = "" if is_refusal(answer) else answer
+        return found
+
+    return _cached([EMBEDDED, "openings", prompts, OPENINGS], find)
+
+
+def _cached(key: list, make) -> list[str]:
+    file = cache_dir() / "answers" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.json"
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
-    answers = generate(model, tokenizer, prompts, max_new_tokens=n_tokens, progress="the model's own answers")
-    again = [i for i, answer in enumerate(answers) if is_refusal(answer)]
-    if again:
-        first = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in OPENINGS]
-        for i, answer in zip(again, generate(model, tokenizer, [prompts[i] for i in again], max_new_tokens=n_tokens, not_first=first)):
-            answers[i] = "" if is_refusal(answer) else answer
-    write_atomic(file, json.dumps(answers).encode())
-    return answers
+    made = make()
+    write_atomic(file, json.dumps(made).encode())
+    return made
 
 
 def align(output: str | Path, recipe: AlignmentRecipe | None = None) -> Path:
     """Make the safe adapter for the embedded model -> ``output``, a PEFT adapter folder with ``recipe.json``.
 
-    About 10 minutes on two cores. Raises FileExistsError if ``output`` is there already.
+    About 20 minutes on two cores. Raises FileExistsError if ``output`` is there already.
     """
     import torch
     from safetensors.torch import load_file, save_file

@@ -65,11 +65,13 @@ def generate(
     batch_size: int = 32,
     system: str | None = None,
     not_first: list[int] | None = None,
+    sample_seed: int | None = None,
     progress: str | None = None,
 ) -> list[str]:
     """Greedy responses, in the order of the prompts; batches are sorted by length so that little is padded.
 
-    ``not_first`` lists token ids that no response may begin with.
+    ``not_first`` lists token ids that no response may begin with. With a ``sample_seed`` responses are drawn from the
+    model's whole distribution (temperature 1) instead, the same ones for the same seed and batches.
 
     Raises
     ------
@@ -82,7 +84,9 @@ def generate(
     stop = sorted({*_as_list(model.generation_config.eos_token_id), end_of_turn_ids(tokenizer)[-1]})
     responses = [""] * len(prompts)
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="prompt", leave=False)
-    with bar, eval_mode(model), autocast(model):
+    with bar, eval_mode(model), autocast(model), torch.random.fork_rng(enabled=sample_seed is not None):
+        if sample_seed is not None:
+            torch.manual_seed(sample_seed)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             ids, mask = pad_left([rendered[i] for i in rows], tokenizer.pad_token_id)
@@ -90,7 +94,8 @@ def generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                do_sample=sample_seed is not None,
+                **({} if sample_seed is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
                 eos_token_id=stop,
                 repetition_penalty=1.0,  # some checkpoints bring one, which is not greedy
                 begin_suppress_tokens=not_first,

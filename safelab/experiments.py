@@ -37,11 +37,11 @@ logger = logging.getLogger(__name__)
 class Budget:
     """What every arm gets: the same steps on the same data."""
 
-    learning_rate: float = 1e-3
-    epochs: int = 2
+    learning_rate: float = 2e-3
+    epochs: int = 1
     batch_size: int = 8
     rank: int = 16
-    mean_over: str = "token"  # see safelab.training.AdaptiveSFTConfig
+    mean_over: str = "example"  # over tokens, a task of one-word answers is drowned by the long harmful ones
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.epochs < 1 or self.batch_size < 1 or self.rank < 1:
@@ -168,7 +168,7 @@ def fine_tune(model, tokenizer, data: Dataset, defense: Defense, seed: int, budg
 # ------------------------------------------------------------------------------------------- demo
 
 DEMO_ARMS = ("initial", "sft", "constant-kl", "adaptive-probe")
-DEMO_EXAMPLES = 720
+DEMO_EXAMPLES = 800
 DEMO_BETA = 0.5
 """The fixed beta of the constant-kl arm, half and half; benchmarks/constant_kl_sweep.py looks for a better one."""
 
@@ -189,7 +189,7 @@ def run_demo(
 
     started = time.monotonic()
     model = model or SAFE
-    budget = Budget(epochs=1) if quick else Budget()
+    budget = Budget()
     suite = Suite(harmful=24, strongreject=12, benign=24, task=100) if quick else Suite()
     share, n = 0.1, 240 if quick else DEMO_EXAMPLES
     cells = [(arm, seed) for seed in seeds for arm in arms]

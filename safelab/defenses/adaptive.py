@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 class AdaptiveProbe(Defense):
     """``beta_i = beta_min + (beta_max - beta_min) * s_i``, s_i from a probe on the safe model's activations.
 
-    The risk of an example is a constant, so it is computed once, before training. ``anchors`` prompts with the safe
-    model's own answers are mixed in and held by the KL alone: what the user's data never shows, benign requests of
-    other kinds above all, would otherwise drift.
+    The risk of an example is a constant, so it is computed once, before training. For each example ``anchors`` prompts
+    with the safe model's own answers are mixed in and held by the KL alone: what the user's data never shows, benign
+    requests of other kinds above all, would otherwise drift.
     """
 
     name = "adaptive-probe"
 
-    def __init__(self, beta_min: float = 0.0, beta_max: float = 1.0, granularity: str = "example", anchors: int = 0, critic=None) -> None:
+    def __init__(self, beta_min: float = 0.0, beta_max: float = 1.0, granularity: str = "example", anchors: float = 0.1, critic=None) -> None:
         self.beta_min, self.beta_max, self.granularity, self.anchors, self.critic = beta_min, beta_max, granularity, anchors, critic
 
     def before(self, model, tokenizer, data: Dataset) -> Dataset:
         critic = self.critic or train_probe_critic(model, tokenizer)
         data = data.add_column("risk", critic.score(list(data["prompt"]), list(data["response"])).tolist())
-        return add_anchors(model, tokenizer, data, self.anchors) if self.anchors else data
+        return add_anchors(model, tokenizer, data, round(self.anchors * len(data))) if self.anchors else data
 
     def settings(self) -> dict:
         return {"beta_min": self.beta_min, "beta_max": self.beta_max, "granularity": self.granularity}
