@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from safelab.critics.base import OK, identity
+from safelab.critics.base import GAVE_UP, OK, identity
 from safelab.sources import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,8 @@ def audit(
                 kept[keys[i]] = (float(risk), status)
                 file.write(json.dumps({"key": keys[i], "risk": None if np.isnan(risk) else float(risk), "status": status}) + "\n")
             file.flush()
+            if GAVE_UP in verdicts.status:
+                raise RuntimeError(f"the critic gave up ({verdicts.failures}); what it judged is kept in {journal}, so run again to go on")
             bar.update(len(part))
     seconds = time.monotonic() - started
     risk = np.array([kept[key][0] for key in keys])
@@ -86,7 +88,7 @@ def audit(
         "threshold": threshold,
         "allowed": allowed,
         "risky": risky.to_dict(),
-        "histogram": np.histogram(judged, bins=10, range=(0, 1))[0].tolist(),
+        "histogram": np.bincount(np.minimum((judged * 10 + 1e-9).astype(int), 9), minlength=10).tolist(),
         "quantiles": {str(q): float(np.quantile(judged, q)) for q in (0.05, 0.25, 0.5, 0.75, 0.95)} if len(judged) else {},
         "failures": failures,
         "worst": [

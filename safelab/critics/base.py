@@ -13,6 +13,8 @@ logger = logging.getLogger(__name__)
 
 OK = "ok"
 """Status of an example that was judged; any other status names what went wrong."""
+GAVE_UP = "gave up"
+"""Status of an example that was not even tried, since too many before it had failed."""
 
 
 class SafetyCritic(Protocol):

@@ -28,11 +28,12 @@ SIGNALS = 2  # the last columns of the features: the prompt's help, and whether 
 
 
 class ResponseHead(BaseEstimator):
-    """Ridge regression from states to people's score, then a logistic regression on that and two plain signals.
+    """A logistic head: log-odds linear in the features, fitted in two steps.
 
-    Two steps, because thousands of state features would drown the two others: the prompt's help
-    (:class:`safelab.critics.reading.Reading`) and refusal patterns. The second step is fitted on predictions for
-    rows that the first had not seen, in folds split by group; so is the threshold.
+    Ridge regression goes from states to people's score; a logistic regression then weighs that score against two
+    plain signals, the prompt's help (:class:`safelab.critics.reading.Reading`) and refusal patterns, which would drown
+    among thousands of state features. The second step is fitted on scores of rows that the first had not seen, in
+    folds split by group; the threshold likewise.
 
     Parameters
     ----------
@@ -43,10 +44,12 @@ class ResponseHead(BaseEstimator):
 
     Attributes
     ----------
+    coef_, intercept_
+        ``X @ coef_ + intercept_`` is the log-odds that people would give 0.5 or more.
     alpha_
         The strength chosen, by AUROC in the inner cross-validation.
-    coef_
-        ``(3,)`` weights of standardised state score, help and refusal patterns.
+    weights_
+        ``(3,)``: how much the state score, the help and the patterns count, each at unit variance.
     threshold_
         The highest probability at which the inner cross-validation reaches the high recall wanted.
     """
@@ -60,29 +63,30 @@ class ResponseHead(BaseEstimator):
         """``X`` ``(n, states + 2)``, ``score`` ``(n,)`` in 0..1 as people gave it (positive from 0.5), ``groups`` ``(n,)``."""
         states, signals, y = X[:, :-SIGNALS], X[:, -SIGNALS:], (np.asarray(score) >= 0.5).astype(int)
         splits = list(StratifiedGroupKFold(self.folds, shuffle=True, random_state=self.random_state).split(X, y, groups))
-        tried = {}
-        for alpha in self.alphas:
-            held_out = cross_val_predict(self._ridge(alpha, states), states, score, cv=splits)
-            tried[alpha] = (roc_auc_score(y, held_out), held_out)
-        self.alpha_ = max(tried, key=lambda alpha: tried[alpha][0])
-        columns = np.column_stack([tried[self.alpha_][1], signals])
-        self.ridge_ = self._ridge(self.alpha_, states).fit(states, score)
+        held_out = {alpha: cross_val_predict(_ridge(alpha, states), states, score, cv=splits) for alpha in self.alphas}
+        self.alpha_ = max(held_out, key=lambda alpha: roc_auc_score(y, held_out[alpha]))
+        scaler, ridge = _ridge(self.alpha_, states).fit(states, score)
         logistic = make_pipeline(StandardScaler(), LogisticRegression())
+        columns = np.column_stack([held_out[self.alpha_], signals])
         self.threshold_ = threshold_for_recall(y, cross_val_predict(logistic, columns, y, cv=splits, method="predict_proba")[:, 1])
-        self.logistic_ = logistic.fit(columns, y)
-        self.coef_ = logistic[-1].coef_[0]
+        unit, last = logistic.fit(columns, y)
+        self.weights_ = last.coef_[0]
+        # both steps are linear, so the head is one direction in feature space
+        weight = self.weights_ / unit.scale_
+        direction = ridge.coef_ / scaler.scale_
+        self.coef_ = np.r_[weight[0] * direction, weight[1:]]
+        self.intercept_ = float(last.intercept_[0] - weight @ unit.mean_ + weight[0] * (ridge.intercept_ - scaler.mean_ @ direction))
         return self
 
     def predict(self, X) -> np.ndarray:
         """Probability that people would give 0.5 or more, ``(n,)``."""
         check_is_fitted(self)
-        columns = np.column_stack([self.ridge_.predict(X[:, :-SIGNALS]), X[:, -SIGNALS:]])
-        return self.logistic_.predict_proba(columns)[:, 1]
+        return 1 / (1 + np.exp(-np.clip(X @ self.coef_ + self.intercept_, -500, 500)))
 
-    @staticmethod
-    def _ridge(alpha: float, states: np.ndarray):
-        # an SVD-free solve on the examples' side, as there are more features than examples
-        return make_pipeline(StandardScaler(), Ridge(alpha * states.shape[1], solver="cholesky"))
+
+def _ridge(alpha: float, states: np.ndarray):
+    # solved on the examples' side, as there are more features than examples
+    return make_pipeline(StandardScaler(), Ridge(alpha * states.shape[1], solver="cholesky"))
 
 
 class ResponseClassifier(Critic):

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from tqdm.auto import tqdm
 
-from safelab.critics.base import OK, Critic, Verdicts, check_pairs
+from safelab.critics.base import GAVE_UP, OK, Critic, Verdicts, check_pairs
 from safelab.evaluation import is_refusal
 from safelab.sources import cache_dir, write_atomic
 
@@ -128,8 +128,7 @@ class JudgeCritic(Critic):
             raise ValueError(f"base URL {_without_password(base_url)!r}: expected http(s)://host[:port][/path]")
         if self.url.username or self.url.password:
             raise ValueError(f"a password in the base URL would end up in logs: put the key into ${KEY_VARIABLE}")
-        if self._key() and self.url.scheme == "http" and not _is_loopback(self.url.hostname):
-            raise ValueError(f"http would carry the key to {self.url.hostname} in the clear: use https, or unset ${KEY_VARIABLE}")
+        self._key()  # found out now rather than at the first call
         if on_failure not in ON_FAILURE:
             raise ValueError(f"on_failure {on_failure!r}: expected one of {', '.join(ON_FAILURE)}")
         if concurrency < 1 or timeout <= 0 or retries < 0:
@@ -210,7 +209,7 @@ class JudgeCritic(Critic):
     def _ask(self, pair: tuple[str, str]) -> tuple[float, int]:
         """(risk, grade) of one example, cached; JudgeError after the last try."""
         if self._failed_in_a_row >= GIVE_UP_AFTER:
-            raise JudgeError("gave up", f"the last {GIVE_UP_AFTER} examples got no verdict, so no more are sent")
+            raise JudgeError(GAVE_UP, f"the last {GIVE_UP_AFTER} examples got no verdict, so no more are sent")
         for attempt in range(self.retries + 1):
             try:
                 grade = read_grade(self._call(pair), tag(*pair))
@@ -296,9 +295,12 @@ class JudgeCritic(Critic):
         retry = status in (408, 409, 425, 429) or status >= 500
         return JudgeError(f"http {status}", message, retry=retry, wait=_seconds(retry_after) if retry else None)
 
-    @staticmethod
-    def _key() -> str:
-        return os.environ.get(KEY_VARIABLE, "")
+    def _key(self) -> str:
+        """Read anew each time, so that no object holds it."""
+        key = os.environ.get(KEY_VARIABLE, "")
+        if key and self.url.scheme == "http" and not _is_loopback(self.url.hostname):
+            raise ValueError(f"http would carry the key to {self.url.hostname} in the clear: use https, or unset ${KEY_VARIABLE}")
+        return key
 
 
 MAX_REPLY = 1 << 20  # bytes; a verdict takes a few hundred
@@ -345,10 +347,15 @@ def tag(prompt: str, response: str) -> str:
     return "g" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
-def question(prompt: str, response: str) -> str:
-    """The user turn: both texts between marks, and what is asked about them."""
+def between_marks(prompt: str, response: str) -> str:
+    """Both texts, each in a block that it cannot close."""
     mark = tag(prompt, response)
-    return f"[request {mark}]\n{prompt}\n[end of request {mark}]\n\n[response {mark}]\n{response}\n[end of response {mark}]\n\n" + _INSTRUCTION.format(tag=mark)
+    return f"[request {mark}]\n{prompt}\n[end of request {mark}]\n\n[response {mark}]\n{response}\n[end of response {mark}]\n\n"
+
+
+def question(prompt: str, response: str) -> str:
+    """The user turn: both texts, and what is asked about them."""
+    return between_marks(prompt, response) + _INSTRUCTION.format(tag=tag(prompt, response))
 
 
 def read_grade(reply: str, mark: str) -> int:

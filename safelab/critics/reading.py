@@ -36,8 +36,8 @@ def read(model, tokenizer, prompts: list[str], responses: list[str], layers: lis
 
     ``layers`` are numbers of transformer blocks, 1 to all but the last (whose output comes normalised).
     """
-    prompts = [p.strip()[-PROMPT_CHARACTERS:] for p in prompts]
-    responses = [r.strip()[:RESPONSE_CHARACTERS] for r in responses]
+    prompts = [p.strip()[-PROMPT_CHARACTERS:].strip() for p in prompts]
+    responses = [r.strip()[:RESPONSE_CHARACTERS].strip() for r in responses]
     pairs = render_pairs(tokenizer, prompts, responses)
     start = len(render_prompts(tokenizer, [NEUTRAL])[0])
     alone = render_pairs(tokenizer, [NEUTRAL] * len(responses), responses, max_length=start + OPENING)

@@ -384,6 +384,15 @@ def test_an_example_without_a_verdict_counts_as_risky_and_is_tried_again(tmp_pat
     assert audit(ROWS, again, tmp_path)["passed"] and again.asked == [0]
 
 
+def test_an_audit_ends_when_its_critic_gives_up(tmp_path):
+    down = Fixed([0.0] * 2 + [1.0] * 8, status=dict.fromkeys(range(2, 10), "gave up"))
+    with pytest.raises(RuntimeError, match="run again to go on"):
+        audit(ROWS, down, tmp_path, batch=4)
+    assert down.asked == [0, 1, 2, 3]
+    again = Fixed([0.0] * 10)
+    assert audit(ROWS, again, tmp_path)["passed"] and again.asked == list(range(2, 10))
+
+
 def test_reports_show_the_beginning_of_a_text_only_and_escape_it(tmp_path):
     secret = "the end of a long text"
     rows = [{"prompt": "prompt 0", "response": "<script>alert(1)</script>" + " filler" * 40 + secret}]

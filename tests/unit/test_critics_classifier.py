@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from safelab.critics import ResponseClassifier, classifier, scorecard
 from safelab.critics.classifier import ResponseHead, fingerprint
@@ -93,20 +97,25 @@ def _rows(n=160, width=40, seed=0, state=1.0, help_=0.0, pattern=0.0):
     return np.column_stack([states, signals]), score, np.arange(n) // 2
 
 
-@pytest.mark.parametrize("where", ["state", "help_", "pattern"])
-def test_the_head_finds_the_columns_that_tell(where):
-    strength = {"state": 1.0, "help_": 3.0, "pattern": 0.9}[where]
-    settings = {"state": 0.0} | {where: strength}
-    X, score, groups = _rows(**settings)
-    head = ResponseHead().fit(X, score, groups)
-    if where == "state":
-        rng = np.random.default_rng(0)
-        rng.choice(5, 160)
-        assert abs(head.coef_).argmax() == 0
-    else:
-        new, s, _ = _rows(seed=1, **settings)
-        assert roc_auc_score(s >= 0.5, head.predict(new)) > 0.85
-        assert abs(head.coef_).argmax() == {"help_": 1, "pattern": 2}[where]
+@pytest.mark.parametrize(("column", "settings"), [(0, {}), (1, {"state": 0.0, "help_": 3.0}), (2, {"state": 0.0, "pattern": 0.9})])
+def test_the_head_finds_the_columns_that_tell(column, settings):
+    X, score, groups = _rows(n=240, **settings)
+    head = ResponseHead().fit(X[:160], score[:160], groups[:160])
+    assert abs(head.weights_).argmax() == column
+    assert roc_auc_score(score[160:] >= 0.5, head.predict(X[160:])) > 0.85
+
+
+def test_the_head_is_its_two_steps_in_one():
+    X, score, groups = _rows(help_=1.0)
+    head = ResponseHead(alphas=(0.3,)).fit(X, score, groups)
+    y, states = score >= 0.5, X[:, :-2]
+    splits = list(StratifiedGroupKFold(5, shuffle=True, random_state=0).split(X, y, groups))
+    ridge = make_pipeline(StandardScaler(), Ridge(0.3 * states.shape[1]))
+    logistic = make_pipeline(StandardScaler(), LogisticRegression())
+    logistic.fit(np.column_stack([cross_val_predict(ridge, states, score, cv=splits), X[:, -2:]]), y)
+    new, _, _ = _rows(seed=1)
+    expected = logistic.predict_proba(np.column_stack([ridge.fit(states, score).predict(new[:, :-2]), new[:, -2:]]))[:, 1]
+    np.testing.assert_allclose(head.predict(new), expected, atol=1e-6)
 
 
 def test_the_threshold_comes_from_rows_the_ridge_had_not_seen():
@@ -154,7 +163,7 @@ def tiny(tiny_model, tiny_tokenizer):
 
 def test_it_learns_what_people_said(labels, tiny):
     critic = ResponseClassifier(*tiny)
-    risks = critic.score(["Tell me about the city"] * 2, ["bridges rivers bridges 5", "bread flour water 5"])
+    risks = critic.score(["Tell me about the city number 99"] * 2, ["bridges rivers bridges 5", "bread flour water 5"])
     assert risks[0] > 0.5 > risks[1] and ((0 <= risks) & (risks <= 1)).all()
     assert critic.judge(["a"], ["b"]).failures == {}
 

@@ -477,6 +477,14 @@ def test_a_key_in_the_clear_is_refused(monkeypatch):
     JudgeCritic("http://localhost:8000/v1", "m")
 
 
+def test_a_key_that_appears_later_is_not_sent_in_the_clear_either(monkeypatch):
+    one = JudgeCritic("http://judge.example/v1", "m", on_failure="skip")
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    monkeypatch.setattr(judge.http.client, "HTTPConnection", lambda *a, **k: pytest.fail("connected"))
+    with pytest.raises(ValueError, match="in the clear"):
+        judged(one)
+
+
 @pytest.mark.parametrize("url", [f"https://user:{KEY}@judge.example/v1", f"ftp://user:{KEY}@judge.example", "judge.example/v1", ""])
 def test_a_bad_base_url_is_refused_without_repeating_a_password(url):
     with pytest.raises(ValueError) as error:
