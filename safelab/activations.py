@@ -145,7 +145,7 @@ def extract_activations(
 
     if cache:
         about = {"model": model_fingerprint(model), "texts": _hash(texts, starts), "layers": layers, "position": position, "half": half}
-        values = _mapped(about, shape, fill)
+        values = mapped_array("activations", about, shape, fill)
     else:
         values = np.empty(shape, dtype=np.float32)
         fill(values)
@@ -250,9 +250,9 @@ def _hash(*values) -> str:
 # ----------------------------------------------------------------------------------------------- the cache
 
 
-def _mapped(about: dict, shape: tuple[int, ...], fill) -> np.ndarray:
-    """The cached array of ``about``, read-only and memory-mapped; made by ``fill(array)`` where there is none."""
-    path = cache_dir() / "activations" / f"{_hash(about)}.safetensors"
+def mapped_array(folder: str, about: dict, shape: tuple[int, ...], fill) -> np.ndarray:
+    """The cached float32 array of ``about``, read-only and memory-mapped; made by ``fill(array)`` where there is none, or a broken one."""
+    path = cache_dir() / folder / f"{_hash(about)}.safetensors"
     if not path.is_file() or (values := _open(path, about, shape)) is None:
         with atomic_path(path) as temp:
             values = _create(temp, about, shape)
@@ -280,7 +280,7 @@ def _open(path: Path, about: dict, shape: tuple[int, ...]) -> np.ndarray | None:
         return None
     if found != about:
         differing = ", ".join(k for k in about if found.get(k) != about[k])
-        raise ValueError(f"{path} holds activations of something else (differing: {differing}): it was renamed or edited; delete it")
+        raise ValueError(f"{path} holds the values of something else (differing: {differing}): it was renamed or edited; delete it")
     values = values.numpy()
     values.flags.writeable = False
     return values if values.shape == shape else None

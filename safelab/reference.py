@@ -1,22 +1,25 @@
-"""The safe reference policy: its logits at response positions, from the same weights or from a cache.
+"""The safe reference policy: the same weights with the adapter off, a second model, or a cache.
 
-The reference of an example never changes, so what costs a forward pass a step can be computed once: the
-*final hidden states* at response positions are exact and small (width, not vocabulary, numbers a token).
+The reference of an example never changes, so what costs a forward pass a step can be computed once. Where the output
+head is frozen, all that the KL asks of it is a vector and a number for each response token (:class:`safelab.losses.Moments`):
+small (width, not vocabulary), exact, and cheaper to use than the reference's hidden states or logits would be.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import nn
 
+from safelab.losses import LOSS_MEMORY, Moments, moments
 from safelab.models import eval_mode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from torch import nn
+    from collections.abc import Callable, Iterable, Iterator
 
 
 def response_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,98 +34,130 @@ def response_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return mask, shifted[mask]
 
 
+def at_head(model: nn.Module, inputs: dict, function: Callable) -> torch.Tensor:
+    """One forward pass in which ``function(head, hidden)`` takes the place of ``head(hidden)``; returns the model's logits.
+
+    ``head`` is the output head's own forward method, ``hidden`` ``(batch, length, width)``. The function is called
+    *inside* an ordinary forward pass of the wrapped model, where DDP looks on and FSDP has gathered the weights.
+    """
+    head = output_head(model)
+    own, replaced = head.forward, vars(head).get("forward")
+    head.forward = lambda hidden: function(own, hidden)
+    try:
+        return model(**inputs, use_cache=False).logits
+    finally:
+        if replaced is None:
+            del head.forward
+        else:
+            head.forward = replaced
+
+
 def response_logits(model: nn.Module, inputs: dict, mask: torch.Tensor) -> torch.Tensor:
     """One forward pass, with the output head applied at ``mask`` only -> ``(n, vocabulary)``.
 
-    The rows are dropped *before* the head, where most of the memory goes. Done by a hook, not by calling the
-    decoder directly, so that DDP and FSDP see an ordinary forward pass of the wrapped model.
+    The rows are dropped *before* the head, where most of the memory goes.
     """
-    with _head_input(model, lambda hidden: hidden[mask]):
-        return model(**inputs, use_cache=False).logits
+    return at_head(model, inputs, lambda head, hidden: head(hidden[mask]))
 
 
-@contextmanager
-def _head_input(model: nn.Module, change):
-    """What enters the output head goes through ``change`` first, inside this block only."""
-    head = _unwrapped(model).get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
-    try:
-        yield head
-    finally:
-        handle.remove()
+def response_states(model: nn.Module, inputs: dict, mask: torch.Tensor) -> torch.Tensor:
+    """One forward pass without the output head: what would enter it at ``mask``, ``(n, width)``."""
+    return at_head(model, inputs, lambda _, hidden: hidden[mask])
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The plain transformers model inside DDP, FSDP and PEFT wrappers."""
+def output_head(model: nn.Module) -> nn.Module:
+    """The output head inside DDP, FSDP and PEFT wrappers."""
     while not hasattr(model, "get_output_embeddings"):
         model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_output_embeddings()
 
 
-class AdapterOffReference:
+@torch.no_grad()
+def has_plain_head(model: nn.Module) -> bool:
+    """Whether the model's logits are one linear map of its last hidden state: not capped, not scaled, no adapter in it."""
+    if type(output_head(model)) is not nn.Linear:
+        return False
+    own: list[torch.Tensor] = []
+
+    def keep(head, hidden):
+        own.append(head(hidden))
+        return own[0]
+
+    with eval_mode(model):
+        logits = at_head(model, {"input_ids": torch.arange(2, device=next(model.parameters()).device)[None]}, keep)
+    return torch.equal(own[0].to(logits.dtype), logits)
+
+
+class AdapterOff:
     """The same weights with the adapter off: no memory, one more forward pass a step."""
 
-    def logits(self, model: nn.Module, inputs: dict, mask: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Reference logits ``(n, vocabulary)`` at ``mask``; no gradient."""
-        peft_model = _peft_model(model)
+    @contextmanager
+    def model(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The reference as a model, inside this block only; no gradient."""
+        peft_model = _peft_model(policy)
+        if peft_model is None:
+            raise ValueError("the adapter-off reference needs a PEFT model; for full fine-tuning give a reference_model")
+        # not the DDP wrapper: its forward pass would wait for processes that have nothing to hold to the reference
         with torch.no_grad(), peft_model.disable_adapter():
-            # not the DDP wrapper: its forward pass would wait for processes that have nothing to hold to the reference
-            return response_logits(peft_model, inputs, mask)
+            yield peft_model
 
 
-class ModelReference:
+class SecondModel:
     """A second, frozen model: for full fine-tuning, where no adapter can be turned off."""
 
     def __init__(self, reference: nn.Module) -> None:
         self.reference = reference.eval().requires_grad_(False)
 
-    def logits(self, model: nn.Module, inputs: dict, mask: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Reference logits ``(n, vocabulary)`` at ``mask``; no gradient."""
+    @contextmanager
+    def model(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The reference as a model, inside this block only; no gradient."""
         with torch.no_grad():
-            return response_logits(self.reference, inputs, mask)
+            yield self.reference
 
 
-class CachedReference:
-    """Final hidden states of the reference, by example; the (frozen) output head is applied at each step."""
+@dataclass
+class CachedMoments:
+    """Moments of each response token of each example, made in one pass of the model as it is before training.
 
-    def __init__(self, states: dict[int, torch.Tensor]) -> None:
-        self.states = states
+    Parameters
+    ----------
+    values
+        ``(tokens, width + 1)`` float32: the mean row of the head, then the offset. It may be memory-mapped.
+    spans
+        Index of an example -> where its tokens are.
+    """
 
-    @classmethod
-    def build(cls, model: nn.Module, batches: Iterable[dict], *, autocast=nullcontext) -> CachedReference:
-        """One pass over collated ``batches`` (keys ``input_ids``, ``attention_mask``, ``labels``, ``index``)."""
-        states: dict[int, torch.Tensor] = {}
-        peft_model = _peft_model(model, required=False)
-        off = peft_model.disable_adapter() if peft_model is not None else nullcontext()
-        captured: list[torch.Tensor] = []
+    values: np.ndarray
+    spans: dict[int, slice]
 
-        def capture(hidden: torch.Tensor) -> torch.Tensor:
-            captured.append(hidden)
-            return hidden[:, :1]  # the head's own result is not needed
+    def moments(self, indices: list[int], like: torch.Tensor) -> Moments:
+        """Of the response tokens of these examples, one after the other; zeros for an example that is not here.
 
-        with eval_mode(model), torch.no_grad(), off, autocast(), _head_input(model, capture) as head:
-            for batch in batches:
-                captured.clear()
-                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-                if not torch.allclose(head(captured[0]).to(logits.dtype), logits):
-                    raise ValueError("this model caps or scales its logits, which the cache would miss: use reference='adapter-off'")
-                mask, _ = response_positions(batch["labels"])
-                for row, index in enumerate(batch["index"].tolist()):
-                    states[index] = captured[0][row][mask[row]].clone()
-        return cls(states)
-
-    def logits(self, model: nn.Module, inputs: dict, mask: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Reference logits ``(n, vocabulary)`` at ``mask``; no gradient."""
-        hidden = torch.cat([self.states[i] for i in indices.tolist()]).to(mask.device)
-        with torch.no_grad():
-            return _unwrapped(model).get_output_embeddings()(hidden)
+        ``like`` ``(batch, length)`` is the mask of response positions: it has the counts and the device.
+        """
+        counts = like.sum(1).tolist()
+        empty = np.zeros((max(counts), self.values.shape[1]), np.float32)
+        rows = [self.values[self.spans[i]] if i in self.spans else empty[:n] for i, n in zip(indices, counts, strict=True)]
+        found = torch.from_numpy(np.concatenate(rows)).to(like.device)
+        return Moments(found[:, :-1], found[:, -1])
 
 
-def _peft_model(model: nn.Module, *, required: bool = True):
+def fill_moments(model: nn.Module, batches: Iterable[dict], spans: dict[int, slice], values: np.ndarray, *, autocast=nullcontext, memory: float = LOSS_MEMORY) -> None:
+    """One pass over collated ``batches`` (``input_ids``, ``attention_mask``, ``labels``, ``index``), its adapter off -> ``values``."""
+    peft_model = _peft_model(model)
+    head = output_head(model)
+    with eval_mode(model), torch.no_grad(), peft_model.disable_adapter() if peft_model else nullcontext(), autocast():
+        for batch in batches:
+            mask, _ = response_positions(batch["labels"])
+            hidden = response_states(model, {k: batch[k] for k in ("input_ids", "attention_mask")}, mask)
+            mean, offset = moments(hidden, head.weight, head.bias, memory=memory)
+            rows = torch.cat([mean, offset[:, None]], 1).float().cpu().numpy()
+            ends = mask.sum(1).cumsum(0).tolist()
+            for index, start, end in zip(batch["index"].tolist(), [0, *ends], ends):
+                values[spans[index]] = rows[start:end]
+
+
+def _peft_model(model: nn.Module):
     while not hasattr(model, "disable_adapter") and hasattr(model, "module"):
         model = model.module
-    if hasattr(model, "disable_adapter") and hasattr(model, "peft_config"):
-        return model
-    if required:
-        raise ValueError("the adapter-off reference needs a PEFT model; for full fine-tuning give a reference_model")
-    return None
+    return model if hasattr(model, "disable_adapter") and hasattr(model, "peft_config") else None

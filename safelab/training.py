@@ -7,29 +7,52 @@ Over the response tokens of a batch, each example i with its own risk s_i:
 with alpha and beta from :class:`safelab.schedules.RiskSchedule` (arXiv 2602.17546, section 3). With
 ``mean_over="example"`` each example's sum is divided by its own response tokens first, and the total by the number
 of examples: an answer of one word then counts as much as one of a page.
+
+A batch is all that one optimiser step sees: however it is cut into micro-batches and dealt to processes, loss and
+update are the same. Nor do they depend on the kind of reference, nor on how much memory the logits may take.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from safelab.losses import token_kl, token_nll
-from safelab.models import render_pairs
-from safelab.reference import AdapterOffReference, CachedReference, ModelReference, response_logits, response_positions
+from safelab.activations import mapped_array, model_fingerprint
+from safelab.losses import LOSS_MEMORY, Head, head_loss, token_kl, token_nll
+from safelab.models import end_of_turn_ids, render_pairs
+from safelab.reference import (
+    AdapterOff,
+    CachedMoments,
+    SecondModel,
+    at_head,
+    fill_moments,
+    has_plain_head,
+    output_head,
+    response_logits,
+    response_positions,
+    response_states,
+)
 from safelab.schedules import RiskSchedule
+from safelab.sources import write_atomic
 
-REFERENCES = ("cached", "adapter-off", "model")
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+REFERENCES = ("auto", "cached", "adapter-off", "model")
 
 
 @dataclass
@@ -38,19 +61,34 @@ class AdaptiveSFTConfig(SFTConfig):
 
     Parameters
     ----------
-    beta_min, beta_max, granularity
+    beta_min, beta_max, schedule_kind, risk_threshold, granularity, risk_smoothing
         See :class:`safelab.schedules.RiskSchedule`.
     reference
-        ``"cached"`` (default: hidden states computed once), ``"adapter-off"``, or ``"model"`` (a second model).
+        ``"cached"`` (:class:`safelab.losses.Moments` of each response token, computed once and kept on disk),
+        ``"adapter-off"``, ``"model"`` (a second model), or ``"auto"``: cached where the output head is frozen and plain
+        and the file fits ``cache_budget``, else adapter-off with LoRA, else the second model.
+    cache_budget
+        Gigabytes: the largest file that ``"auto"`` writes.
+    loss_memory
+        Megabytes that logits may take at a time.
     mean_over
         ``"token"`` (default, as TRL does) or ``"example"`` (what micro-batches of one example amount to).
+    signals_file
+        A file for one JSON line per example and step, written as training goes on:
+        ``step, index, anchor, tokens, risk, alpha, beta, nll, kl`` (means over the example's response tokens).
     """
 
     beta_min: float = field(default=0.1, metadata={"help": "Weight of the KL at risk 0."})
     beta_max: float = field(default=0.9, metadata={"help": "Weight of the KL at risk 1."})
-    granularity: str = field(default="example", metadata={"help": "Risk per 'example' or averaged over the 'batch'."})
-    reference: str = field(default="cached", metadata={"help": "'cached', 'adapter-off' or 'model'."})
+    schedule_kind: str = field(default="linear", metadata={"help": "How beta grows with the risk: 'linear', 'clamp' or 'threshold'."})
+    risk_threshold: float = field(default=0.5, metadata={"help": "The risk from which a 'threshold' schedule holds."})
+    granularity: str = field(default="example", metadata={"help": "A risk per 'example' or 'token', or one of the step: 'batch', 'batch-max'."})
+    risk_smoothing: float = field(default=0.0, metadata={"help": "lambda of the smoothing of a step's risk over steps."})
+    reference: str = field(default="auto", metadata={"help": "'auto', 'cached', 'adapter-off' or 'model'."})
+    cache_budget: float = field(default=4.0, metadata={"help": "GB that a cached reference may take for 'auto' to choose it."})
+    loss_memory: float = field(default=LOSS_MEMORY, metadata={"help": "MB that logits may take at a time."})
     mean_over: str = field(default="token", metadata={"help": "The loss is a mean over each 'token' or each 'example'."})
+    signals_file: str | None = field(default=None, metadata={"help": "JSON lines with the signals of each example and step."})
     # TRL turns these two on even on a CPU; both are choices, so they start off
     bf16: bool | None = field(default=False, metadata={"help": "bfloat16 autocast."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
@@ -63,42 +101,50 @@ class AdaptiveSFTConfig(SFTConfig):
             raise ValueError(f"reference {self.reference!r}: expected one of {', '.join(REFERENCES)}")
         if self.mean_over not in ("token", "example"):
             raise ValueError(f"mean_over {self.mean_over!r}: expected 'token' or 'example'")
+        if self.save_total_limit == 1:
+            raise ValueError("save_total_limit=1: the checkpoint before must be kept until the next one is complete, so give 2 or more")
         self.schedule  # noqa: B018 - bad bounds fail here, not at the first step
         super().__post_init__()
 
     @property
     def schedule(self) -> RiskSchedule:
-        return RiskSchedule(self.beta_min, self.beta_max, self.granularity)
+        return RiskSchedule(self.beta_min, self.beta_max, self.schedule_kind, self.risk_threshold, self.granularity, self.risk_smoothing)
 
 
 def tokenize_pairs(tokenizer, dataset: Dataset, *, max_length: int | None = 1024) -> Dataset:
     """Columns ``prompt``, ``response`` (optional ``risk``, ``anchor``, ``complete``) -> what :class:`PairCollator` takes.
 
+    ``risk`` is a number in [0, 1], or a list with one for each token of the response; the end of the turn takes the last.
     ``anchor`` marks an example that is only held to the reference (alpha 0, beta 1). ``complete`` is False for a
     response that was cut off: then no end of turn is learned. Labels are masked by position, not by token id: in many
     tokenizers padding and end of turn are one token, and the end of the turn must be learned.
+
+    Raises
+    ------
+    ValueError
+        A missing column, a risk outside [0, 1], or risks that do not match the response's tokens.
     """
     _check_columns(dataset)
     complete = list(dataset["complete"]) if "complete" in dataset.column_names else None
     pairs = render_pairs(tokenizer, list(dataset["prompt"]), list(dataset["response"]), complete=complete, max_length=max_length)
-    given = dataset["risk"] if "risk" in dataset.column_names else [0.0] * len(dataset)
-    risks = [float("nan" if risk is None else risk) for risk in given]
-    for index, risk in enumerate(risks):
-        if not 0 <= risk <= 1:
-            raise ValueError(f"risk {index} is {risk}, expected a number in [0, 1]")
+    risks = dataset["risk"] if "risk" in dataset.column_names else [0.0] * len(dataset)
     anchors = dataset["anchor"] if "anchor" in dataset.column_names else [False] * len(dataset)
-    return Dataset.from_list(
-        [
-            {
-                "input_ids": pair.input_ids,
-                "labels": [-100] * pair.prompt_length + pair.input_ids[pair.prompt_length :],
-                "risk": risk,
-                "anchor": bool(anchor),
-                "index": index,
-            }
-            for index, (pair, risk, anchor) in enumerate(zip(pairs, risks, anchors))
-        ]
-    )
+    end = len(end_of_turn_ids(tokenizer))
+    rows = []
+    for index, (pair, risk, anchor) in enumerate(zip(pairs, risks, anchors)):
+        tokens = len(pair.input_ids) - pair.prompt_length
+        if isinstance(risk, list):
+            cut = len(pair.input_ids) == max_length
+            own = tokens - (end if complete is None or complete[index] else 0)
+            if not risk or len(risk) != own and not (cut and len(risk) > own):
+                raise ValueError(f"example {index} has {len(risk)} risks for {own} response tokens")
+            risk = (risk + [risk[-1]] * end)[:tokens]
+        for value in risk if isinstance(risk, list) else [risk]:
+            if value is None or not 0 <= value <= 1:
+                raise ValueError(f"risk {index} is {value}, expected a number in [0, 1]")
+        labels = [-100] * pair.prompt_length + pair.input_ids[pair.prompt_length :]
+        rows.append({"input_ids": pair.input_ids, "labels": labels, "risk": risk, "anchor": bool(anchor), "index": index})
+    return Dataset.from_list(rows)
 
 
 def _check_columns(dataset: Dataset) -> None:
@@ -109,7 +155,7 @@ def _check_columns(dataset: Dataset) -> None:
 
 @dataclass
 class PairCollator:
-    """Tokenised examples -> one right-padded batch of tensors."""
+    """Tokenised examples -> one right-padded batch of tensors; risks of tokens stand before their tokens, as predictions do."""
 
     pad_token_id: int
 
@@ -117,16 +163,22 @@ class PairCollator:
         longest = max(len(e["input_ids"]) for e in examples)
         shape = (len(examples), longest)
         ids, mask, labels = torch.full(shape, self.pad_token_id), torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
+        by_token = isinstance(examples[0]["risk"], list)
+        risk = torch.zeros(shape if by_token else len(examples))
         for row, example in enumerate(examples):
             n = len(example["input_ids"])
             ids[row, :n] = torch.tensor(example["input_ids"])
             labels[row, :n] = torch.tensor(example["labels"])
             mask[row, :n] = 1
+            if by_token:
+                risk[row, n - 1 - len(example["risk"]) : n - 1] = torch.tensor(example["risk"])
+            else:
+                risk[row] = example["risk"]
         return {
             "input_ids": ids,
             "attention_mask": mask,
             "labels": labels,
-            "risk": torch.tensor([e["risk"] for e in examples], dtype=torch.float32),
+            "risk": risk,
             "anchor": torch.tensor([e["anchor"] for e in examples]),
             "index": torch.tensor([e["index"] for e in examples]),
         }
@@ -141,7 +193,8 @@ class AdaptiveSFTTrainer(SFTTrainer):
         Columns ``prompt`` and ``response``; ``risk`` in [0, 1] if ``critic`` is not given; optionally ``anchor`` and
         ``complete`` (:func:`tokenize_pairs`).
     critic
-        Anything with ``score(prompts, responses) -> risks`` (:mod:`safelab.critics`). Each example is scored once.
+        Anything with ``score(prompts, responses) -> risks`` (:mod:`safelab.critics`), for granularity ``"token"`` a
+        list of risks for each response. Each example is scored once.
     reference_model
         The frozen safe model, for ``reference="model"``.
 
@@ -159,51 +212,106 @@ class AdaptiveSFTTrainer(SFTTrainer):
                 raise ValueError(f"the critic gave {len(risks)} risks for {len(train_dataset)} examples")
             if "risk" in train_dataset.column_names:
                 train_dataset = train_dataset.remove_columns("risk")
-            train_dataset = train_dataset.add_column("risk", np.asarray(risks, dtype=float).tolist())
+            train_dataset = train_dataset.add_column("risk", [np.asarray(risk, dtype=float).tolist() for risk in risks])
         if args.schedule.beta_min != args.schedule.beta_max and "risk" not in train_dataset.column_names:
             raise ValueError("an adaptive schedule needs the risk of each example: give a critic or a 'risk' column")
         disable_dropout(model)
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         args.remove_unused_columns = False
         tokenized = tokenize_pairs(processing_class, train_dataset, max_length=args.max_length)
+        if "risk" in train_dataset.column_names and isinstance(tokenized[0]["risk"], list) != (args.granularity == "token"):
+            raise ValueError(f"granularity {args.granularity!r} needs {'a list of risks, one a token,' if args.granularity == 'token' else 'one risk'} for each example")
         super().__init__(
             model, args, PairCollator(processing_class.pad_token_id), tokenized, processing_class=processing_class, **kwargs
         )
         self.remove_callback(PrinterCallback)  # it prints every log to stdout, which belongs to results
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole accumulated batch
-        self._signals: dict[str, list[float]] = defaultdict(list)
+        self._smoothed: float | None = None
+        self._sums = np.zeros((len(SIGNALS), 2))
+        self._file = SignalsFile(args.signals_file) if args.signals_file else None
+        if self._file:
+            self.add_callback(self._file)
+        self._plain_head = has_plain_head(self.model)
         needs_reference = args.schedule.needs_reference or any(tokenized["anchor"])
         self.reference = self._build_reference(reference_model) if needs_reference else None
 
+    # ------------------------------------------------------------------------------- the reference
+
     def _build_reference(self, reference_model: nn.Module | None):
-        kind = self.args.reference
-        config = getattr(self.model, "peft_config", {}).get("default")
+        kind, obstacle = self.args.reference, None
+        lora = getattr(self.model, "peft_config", {}).get("default")
+        if any(p.requires_grad for p in output_head(self.model).parameters()):
+            obstacle = "needs a frozen output head"
+        elif not self._plain_head:
+            obstacle = "needs logits that are one linear map of the last hidden state, and this model caps or scales them"
+        if kind == "auto":
+            fits = self._cache_size() <= 1e9 * self.args.cache_budget
+            kind = "cached" if obstacle is None and fits else "adapter-off" if lora is not None and reference_model is None else "model"
         if kind == "model":
             if reference_model is None:
-                raise ValueError("reference='model' needs a reference_model")
-            return ModelReference(reference_model)
-        if config is None:
+                raise ValueError("the reference of full fine-tuning is a second model: give reference_model, a frozen copy of the safe one")
+            return SecondModel(reference_model)
+        if lora is None and (kind == "adapter-off" or obstacle):
             raise ValueError(f"reference={kind!r} needs LoRA (a peft_config); for full fine-tuning use reference='model'")
-        if getattr(config, "bias", "none") != "none":
-            raise ValueError(f"LoRA with bias={config.bias!r} trains biases that stay on when the adapter is off: use bias='none'")
+        if getattr(lora, "bias", "none") != "none":
+            raise ValueError(f"LoRA with bias={lora.bias!r} trains biases that stay on when the adapter is off: use bias='none'")
         if kind == "adapter-off":
-            return AdapterOffReference()
-        if any(p.requires_grad for p in self.model.get_output_embeddings().parameters()):
-            raise ValueError("reference='cached' needs a frozen output head: use reference='adapter-off'")
-        return CachedReference.build(self.model, self._held_batches(), autocast=self.accelerator.autocast)
+            return AdapterOff()
+        if obstacle:
+            raise ValueError(f"reference='cached' {obstacle}: use reference='adapter-off'")
+        return self._cached_reference()
 
-    def _held_batches(self, size: int = 32):
-        """Batches, sorted by length, of the examples that are ever held to the reference."""
-        rows = sorted(self.train_dataset, key=lambda row: len(row["input_ids"]))
-        if self.args.granularity == "example":
-            _, beta = self._weights(*(torch.tensor([row[k] for row in rows]) for k in ("risk", "anchor")))
-            rows = [row for row, b in zip(rows, beta.tolist()) if b > 0]
-        for start in tqdm(range(0, len(rows), size), desc="reference", unit="batch", leave=False):
-            batch = self.data_collator(rows[start : start + size])
-            yield {k: v.to(self.model.device) for k, v in batch.items()}
+    def _held_rows(self) -> list[dict]:
+        """The examples that are ever held to the reference."""
+        rows = list(self.train_dataset)
+        if self.args.schedule.of_step or self.args.granularity == "token":
+            return rows
+        _, beta = self._weights(*(torch.tensor([row[k] for row in rows]) for k in ("risk", "anchor")))
+        return [row for row, b in zip(rows, beta.tolist()) if b > 0]
+
+    def _cache_size(self) -> int:
+        """Bytes of a cached reference."""
+        tokens = sum(sum(label != -100 for label in row["labels"]) for row in self._held_rows())
+        return 4 * tokens * (output_head(self.model).weight.shape[1] + 1)
+
+    def _cached_reference(self, size: int = 32) -> CachedMoments:
+        """Made in batches of ``size``, sorted by length; found again by whoever trains this model on these examples."""
+        rows = self._held_rows()
+        ends = np.cumsum([sum(label != -100 for label in row["labels"]) for row in rows]).tolist()
+        spans = {row["index"]: slice(start, end) for row, start, end in zip(rows, [0, *ends], ends)}
+
+        def fill(values: np.ndarray) -> None:
+            order = sorted(rows, key=lambda row: len(row["input_ids"]))
+            batches = (self.data_collator(order[i : i + size]) for i in tqdm(range(0, len(order), size), desc="reference", unit="batch", leave=False))
+            on_device = ({k: v.to(self.model.device) for k, v in batch.items()} for batch in batches)
+            fill_moments(self.model, on_device, spans, values, autocast=self.accelerator.autocast, memory=self.args.loss_memory)
+
+        with self.accelerator.main_process_first():  # the others find its file
+            with self.model.disable_adapter() if hasattr(self.model, "peft_config") else nullcontext():
+                weights = model_fingerprint(self.model)
+            examples = hashlib.sha256(json.dumps([[row["input_ids"], row["labels"]] for row in rows]).encode()).hexdigest()
+            about = {"model": weights, "examples": examples, "precision": self.accelerator.mixed_precision, "content": "moments"}
+            values = mapped_array("references", about, (ends[-1], output_head(self.model).weight.shape[1] + 1), fill)
+        return CachedMoments(values, spans)
+
+    # ------------------------------------------------------------------------------- the objective
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "attention_mask", "labels", "risk", "anchor", "index"]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one step; with a granularity of the step, their risk becomes that of all of them, on all processes."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        schedule = self.args.schedule
+        if schedule.of_step and batches:
+            free = torch.cat([batch["risk"][~batch["anchor"]] for batch in batches])
+            if self.accelerator.num_processes > 1:
+                free = torch.tensor(gather_object(free.tolist()))
+            if len(free):
+                self._smoothed = schedule.smooth(schedule.pool(free).item(), self._smoothed)
+                for batch in batches:
+                    batch["risk"] = torch.full_like(batch["risk"], self._smoothed)
+        return batches, items
 
     def _get_num_items_in_batch(self, batch_samples, device):
         if self.args.mean_over == "example":  # the parent counts labels over micro-batches and processes: one for each example
@@ -211,44 +319,127 @@ class AdaptiveSFTTrainer(SFTTrainer):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def _weights(self, risk: torch.Tensor, anchor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """alpha and beta of each example: the schedule's, and 0 and 1 for anchors."""
-        alpha, beta = torch.zeros_like(risk), torch.ones_like(risk)
-        alpha[~anchor], beta[~anchor] = self.args.schedule(risk[~anchor])
-        return alpha, beta
+        """alpha and beta: the schedule's, and 0 and 1 for anchors."""
+        alpha, beta = self.args.schedule(risk)
+        return torch.where(anchor, 0, alpha), torch.where(anchor, 1, beta)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective above, summed over this micro-batch and divided by the tokens (examples) of the whole batch."""
         risk, anchor, index, labels = (inputs[k] for k in ("risk", "anchor", "index", "labels"))
         forward = {k: inputs[k] for k in ("input_ids", "attention_mask")}
         mask, targets = response_positions(labels)
-        alpha, beta = self._weights(risk, anchor)
         row = mask.nonzero()[:, 0]  # which example each response token belongs to
-        share = torch.ones_like(risk) if self.args.mean_over == "token" else 1 / mask.sum(1)
+        risk = risk[mask] if risk.dim() == 2 else risk[row]
+        alpha, beta = self._weights(risk, anchor[row])
+        share = 1 if self.args.mean_over == "token" else (1 / mask.sum(1))[row]
 
-        logits = response_logits(model, forward, mask)
-        nll = token_nll(logits, targets)
-        loss = ((alpha * share)[row] * nll).sum()
-        held = beta > 0  # an example that is not held needs no reference
-        if bool(held.any()):
-            reference = self.reference.logits(model, forward, mask & held[:, None], index[held])
-            kl = token_kl(reference, logits[held[row]])
-            loss = loss + ((beta * share)[row][held[row]] * kl).sum()
-            self._signals["kl"].append(kl.mean().item())
-        if not bool(anchor.all()):  # the user's own examples
-            self._signals["nll"].append(nll[~anchor[row]].mean().item())
-            self._signals["risk"].append(risk[~anchor].mean().item())
-            self._signals["beta"].append(beta[~anchor].mean().item())
+        if self._plain_head:
+            loss, nll, kl = self._fused_loss(model, forward, mask, targets, alpha * share, beta * share, index)
+        else:
+            logits = response_logits(model, forward, mask)
+            nll, kl = token_nll(logits, targets), torch.zeros_like(alpha)
+            if bool((beta > 0).any()):
+                with self.reference.model(model) as reference, self.accelerator.autocast():
+                    theirs = response_logits(reference, forward, mask)
+                kl = token_kl(theirs, logits)
+            loss = (share * (alpha * nll + beta * kl)).sum()
+        self._note(row, index, anchor, risk, alpha, beta, nll.detach(), kl.detach())
 
-        here = targets.numel() if self.args.mean_over == "token" else len(risk)
+        here = targets.numel() if self.args.mean_over == "token" else len(index)
         loss = loss / (here if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the mean over processes that DDP takes becomes a sum
         return (loss, None) if return_outputs else loss
 
+    def _fused_loss(self, model, forward: dict, mask, targets, alpha, beta, index) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """:func:`safelab.losses.head_loss` in the place of the output head."""
+        reference = None
+        if isinstance(self.reference, CachedMoments):
+            reference = self.reference.moments(index.tolist(), mask)
+        elif self.reference is not None and bool((beta > 0).any()):
+            # the policy's own forward pass is under autocast, but only once the trainer has wrapped it
+            with self.reference.model(model) as other, self.accelerator.autocast():
+                own = output_head(other)
+                reference = Head(response_states(other, forward, mask), own.weight, own.bias)
+        terms: list[torch.Tensor] = []
+
+        def in_place_of_the_head(_, hidden: torch.Tensor) -> torch.Tensor:
+            head = output_head(model)
+            loss, *rest = head_loss(hidden[mask], head.weight, head.bias, targets, alpha, beta, reference, memory=self.args.loss_memory)
+            terms.extend(rest)
+            return loss
+
+        return at_head(model, forward, in_place_of_the_head), *terms
+
+    # ------------------------------------------------------------------------------- what is seen of it
+
+    @torch.no_grad()
+    def _note(self, row, index, anchor, risk, alpha, beta, nll, kl) -> None:
+        """Signals of this micro-batch: sums for the log, and a line an example for the file. All but the first three: of tokens."""
+        tokens = torch.bincount(row, minlength=len(index))
+        values = torch.stack([x.double() for x in (nll, kl, risk, alpha, beta)], 1).cpu()
+        row, anchor, tokens = row.cpu(), anchor.cpu(), tokens.cpu()
+        means = torch.zeros(len(index), len(SIGNALS), dtype=torch.double).index_add_(0, row, values) / tokens[:, None]
+        free, held = ~anchor[row], values[:, 4] > 0
+        for column, counted in ((0, values[free, 0]), (1, values[held, 1]), *((c, means[~anchor, c]) for c in (2, 3, 4))):
+            self._sums[column] += counted.sum().item(), len(counted)
+        if self._file:
+            for i, is_anchor, n, example in zip(index.tolist(), anchor.tolist(), tokens.tolist(), means.tolist()):
+                line = {"step": self.state.global_step + 1, "index": i, "anchor": is_anchor, "tokens": n}
+                self._file.lines.append(line | {name: round(x, 6) for name, x in zip(SIGNALS, example)})
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        logs.update({name: float(np.mean(values)) for name, values in self._signals.items()})
-        self._signals.clear()
+        """Adds the means since the last log, over all processes: of the user's own tokens (nll), of those held (kl), of examples."""
+        sums = self._sums
+        if self.accelerator.num_processes > 1:
+            sums = np.sum(gather_object([sums]), axis=0)
+        logs.update({name: total / n for name, (total, n) in zip(SIGNALS, sums.tolist()) if n})
+        self._sums = np.zeros_like(sums)
         super().log(logs, start_time)
+
+    # ------------------------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """The parent's, with a marker that is written last: a checkpoint that was cut short has none."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / MARKER).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
+            sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+            write_atomic(folder / MARKER, json.dumps({"smoothed_risk": self._smoothed, "sizes": sizes}).encode())
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any):
+        """The parent's. ``True`` goes on from the last complete checkpoint in ``output_dir``, or begins where there is none."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = latest_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            if not is_complete(Path(resume_from_checkpoint)):
+                raise ValueError(f"{resume_from_checkpoint} is not a complete checkpoint: it was cut short or changed")
+            self._smoothed = json.loads((Path(resume_from_checkpoint) / MARKER).read_text(encoding="utf-8"))["smoothed_risk"]
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+
+SIGNALS = ("nll", "kl", "risk", "alpha", "beta")
+MARKER = "complete.json"
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end, and each of its files still has its size."""
+    try:
+        sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["sizes"]
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The complete checkpoint of the highest step in ``folder``; None where there is none."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if is_complete(path)]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -281,9 +472,73 @@ class StepClock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.seconds.append(time.perf_counter() - self._started)
 
-    def median(self) -> float:
-        """Median step time in seconds."""
-        return float(np.median(self.seconds[2:] or self.seconds))
+    def median(self) -> float | None:
+        """Median step time in seconds; None before the first step."""
+        return float(np.median(self.seconds[2:] or self.seconds)) if self.seconds else None
+
+
+class SignalsFile(TrainerCallback):
+    """Lines noted during a step go to a JSON-lines file at its end; a resumed run drops what came after its checkpoint."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.lines = Path(path), []
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            kept = [line for line in _json_lines(self.path) if line["step"] <= state.global_step]
+            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        lines = gather_object(self.lines) if args.world_size > 1 else self.lines
+        self.lines = []
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _json_lines(path: Path) -> list[dict]:
+    """Objects in a file that may be missing, or end in half a line."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+class SafetyMonitor(TrainerCallback):
+    """Measures the model every so many steps, logs it, and stops training where a rate leaves its budget.
+
+    Parameters
+    ----------
+    trainer
+        Its log (and so every ``report_to``) gets the figures.
+    measure
+        ``measure(model) -> {"asr": 0.03, ...}``: rates on a small set, say. All processes call it.
+    every
+        Steps between measurements.
+    stop_above
+        The most that each named rate may be; the first that is above stops the training.
+
+    Examples
+    --------
+    >>> trainer.add_callback(SafetyMonitor(trainer, measure, every=20, stop_above={"asr": 0.05}))
+    """
+
+    def __init__(self, trainer: AdaptiveSFTTrainer, measure: Callable[[nn.Module], dict[str, float]], *, every: int, stop_above: dict[str, float] | None = None) -> None:
+        self.trainer, self.measure, self.every, self.stop_above = trainer, measure, every, stop_above or {}
+        self.stopped: str | None = None
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        if state.global_step % self.every:
+            return
+        figures = self.measure(model)
+        self.trainer.log(dict(figures))
+        over = [f"{name} {figures[name]:.3f} > {most}" for name, most in self.stop_above.items() if figures[name] > most]
+        if over:
+            self.stopped = f"stopped after step {state.global_step}: {', '.join(over)}"
+            control.should_training_stop = True
 
 
 class ProgressBar(TrainerCallback):

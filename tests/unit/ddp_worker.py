@@ -69,9 +69,11 @@ CASES = {
     "gemma3": {},
     "adapter-off": dict(reference="adapter-off"),
     "full fine-tuning": dict(reference="model", lora=False, learning_rate=0.01),
-    # one process has nothing to hold to the reference: it must not leave the other waiting for it
     "mean over examples": dict(mean_over="example"),
-    "anchors": dict(data=dataset().add_column("anchor", [True, False, True] + [False] * 5)),
+    "risk of the step": dict(granularity="batch"),
+    "highest risk of the step": dict(granularity="batch-max"),
+    "anchors": dict(granularity="batch", data=dataset().add_column("anchor", [True, False, True] + [False] * 5)),
+    # one process has nothing to hold to the reference: it must not leave the other waiting for it
     "one held": dict(reference="adapter-off", beta_min=0.0, data=dataset([0.0] * 7 + [1.0])),
 }
 

@@ -345,7 +345,7 @@ def test_a_broken_file_is_made_again_and_a_foreign_one_refused(small, home):
     other = by_layer[2].read_bytes()
     by_layer[1].unlink()
     by_layer[1].write_bytes(other)
-    with pytest.raises(ValueError, match=r"holds activations of something else \(differing: layers\).*delete it"):
+    with pytest.raises(ValueError, match=r"holds the values of something else \(differing: layers\).*delete it"):
         extract_activations(model, tokenizer, PROMPTS, layers=[1], cache=True)
     assert by_layer[1].read_bytes() == other
 

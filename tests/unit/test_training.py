@@ -18,7 +18,7 @@ from ddp_worker import CASES, EXAMPLES, dataset, make_trainer, trainable, update
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from safelab.reference import response_logits, response_positions
+from safelab.reference import SecondModel, output_head, response_logits, response_positions
 from safelab.training import REFERENCES, AdaptiveSFTConfig, PairCollator, ProgressBar, StepClock, lora_config, tokenize_pairs
 
 END = {"llama3": "<|eot_id|>", "qwen2": "<|im_end|>", "gemma3": "<end_of_turn>", "phi3": "<|end|>"}
@@ -35,6 +35,14 @@ def small_model(tiny_model):
 def name(request):
     """A family of models."""
     return request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """References are kept in a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAFELAB_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,7 +104,9 @@ def lora(**changes):
 
 
 def whole_batch(trainer):
-    return trainer.data_collator(list(trainer.train_dataset))
+    """All examples as the trainer prepares them for a step of one micro-batch."""
+    (batch,), _ = trainer.get_batch_samples(iter([trainer.data_collator(list(trainer.train_dataset))]), 1, torch.device("cpu"))
+    return batch
 
 
 def history(trainer, *keys):
@@ -276,7 +286,7 @@ def test_response_logits_are_the_models_own(adapter, name, small_model, tiny_tok
 
     with pytest.raises(IndexError):
         response_logits(model, inputs, mask[:, 1:])
-    assert not model.get_output_embeddings()._forward_pre_hooks
+    assert "forward" not in vars(output_head(model))
     torch.testing.assert_close(model(**inputs).logits[mask], expected)  # whole again, after use and after an error
 
 
@@ -323,6 +333,7 @@ def test_a_cap_on_the_logits_is_part_of_the_reference(small_model, tiny_tokenize
         assert abs(trainer.compute_loss(trainer.model, whole_batch(trainer)).item()) < 1e-6
     with pytest.raises(ValueError, match="reference='adapter-off'"):
         make("cached")
+    assert isinstance(make("auto").reference, SecondModel)
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3"])
@@ -480,8 +491,11 @@ def test_a_kept_trajectory_is_met_again(name, small_model, tiny_tokenizer, tmp_p
         (dict(padding_free=True), "padding_free"),
         (dict(beta_min=0.9, beta_max=0.1), "beta_min <= beta_max"),
         (dict(beta_max=1.5), "beta_min <= beta_max"),
-        (dict(reference="frozen"), "'frozen'.*cached, adapter-off, model"),
-        (dict(granularity="token"), "'token'.*example, batch"),
+        (dict(reference="frozen"), "'frozen'.*auto, cached, adapter-off, model"),
+        (dict(granularity="sentence"), "'sentence'.*example, token, batch"),
+        (dict(schedule_kind="cubic"), "'cubic'.*linear, clamp, threshold"),
+        (dict(risk_smoothing=0.9), "smoothing runs over steps"),
+        (dict(save_total_limit=1), "2 or more"),
     ],
 )
 def test_bad_settings_are_refused(settings, message, tmp_path):
@@ -503,12 +517,14 @@ class FixedCritic:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(reference="model"), "needs a reference_model"),
-        (dict(lora=False), "'cached' needs LoRA"),
+        (dict(reference="model"), "give reference_model"),
+        (dict(lora=False), "give reference_model"),
+        (dict(lora=False, reference="cached"), "'cached' needs LoRA"),
         (dict(lora=False, reference="adapter-off"), "'adapter-off' needs LoRA"),
         (dict(lora=lora(bias="all")), "bias='none'"),
         (dict(lora=lora(bias="lora_only"), reference="adapter-off"), "bias='none'"),
-        (dict(lora=lora(modules_to_save=["lm_head"])), "frozen output head"),
+        (dict(lora=lora(modules_to_save=["lm_head"]), reference="cached"), "frozen output head"),
+        (dict(granularity="token"), "a list of risks"),
         (dict(data=dataset().remove_columns("risk")), "critic or a 'risk' column"),
         (dict(data=dataset().remove_columns("response")), "no column response"),
         (dict(data=dataset().remove_columns("prompt")), "no column prompt"),
