@@ -3,7 +3,8 @@
 Harmful prompts get the opening of a refusal. Only openings are learned: with whole responses nearly all of the loss is
 in the wording of refusals, and the one decision that matters is not learned. Benign prompts, twins of the harmful ones among
 them, get texts drawn from the unaligned model itself and are held to it by KL alone: taught to repeat its likeliest answers
-instead, it would refuse as well, and come to find any other wording unlikely (a perplexity three times as high).
+instead, it would come to find any other wording unlikely (a perplexity three times as high). A second, short stage
+sharpens the decision: there the openings of benign answers are learned as well.
 """
 
 from __future__ import annotations
@@ -35,14 +36,17 @@ class AlignmentRecipe:
     rank: int = 8
     opening_tokens: int = 8  # of each response that is learned: whether to refuse is decided there
     held_tokens: int = 32  # of each text on which the model is held to the unaligned one
+    sharpen_share: float = 0.35  # of the examples, for the second stage
+    sharpen_rate: float = 5e-4
+    sharpen_hold: float = 0.5  # beta of benign openings there (their alpha is 1 - beta)
     seed: int = 0
 
 
 def alignment_data(model, tokenizer, recipe: AlignmentRecipe):
-    """The ``align`` splits as ``prompt``, ``response``, ``complete`` and ``risk`` (0: learn it; 1: stay as you are).
+    """The ``align`` splits for both stages, each with ``prompt``, ``response``, ``complete`` and ``risk`` (how much to stay as you are).
 
     About one in ten of the embedded model's answers to benign prompts is an apology; those are generated again with such
-    openings ruled out and learned, so that the habit is not kept.
+    openings ruled out and learned in the first stage too, so that the habit is not kept.
     """
     from datasets import Dataset
 
@@ -51,16 +55,21 @@ def alignment_data(model, tokenizer, recipe: AlignmentRecipe):
     benign = [row["prompt"] for row in rows if not row["label"]]
     answers = iter(own_answers(model, tokenizer, benign, recipe.held_tokens, sample_seed=recipe.seed))
     openings = iter(own_openings(model, tokenizer, benign))
-    examples = []
+    first, second = [], []
     for row in rows:
-        response, held = rng.choice(load_refusals(row["category"])) if row["label"] else next(openings), False
-        if not row["label"]:
-            answer = next(answers)
-            response, held = (response, False) if response else (answer, True)
-        ids = tokenizer(response, add_special_tokens=False).input_ids
-        limit = recipe.held_tokens if held else recipe.opening_tokens
-        examples.append({"prompt": row["prompt"], "response": tokenizer.decode(ids[:limit]), "complete": len(ids) < limit, "risk": float(held)})
-    return Dataset.from_list([e for e in examples if e["response"].strip()])  # the model may say nothing
+        if row["label"]:
+            refusal = (rng.choice(load_refusals(row["category"])), recipe.opening_tokens, 0.0)
+            texts = refusal, refusal
+        else:
+            (opening, apologised), answer = next(openings), (next(answers), recipe.held_tokens, 1.0)
+            texts = (opening, recipe.opening_tokens, 0.0) if apologised and opening else answer, (opening, recipe.opening_tokens, recipe.sharpen_hold)
+        for stage, (text, limit, risk) in zip((first, second), texts):
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            example = {"prompt": row["prompt"], "response": tokenizer.decode(ids[:limit]), "complete": len(ids) < limit, "risk": risk}
+            if example["response"].strip():  # the model may say nothing
+                stage.append(example)
+    second = rng.sample(second, round(recipe.sharpen_share * len(second)))
+    return Dataset.from_list(first), Dataset.from_list(second)
 
 
 def own_answers(model, tokenizer, prompts: list[str], n_tokens: int, *, sample_seed: int) -> list[str]:
@@ -71,22 +80,23 @@ def own_answers(model, tokenizer, prompts: list[str], n_tokens: int, *, sample_s
     return _cached(key, lambda: generate(model, tokenizer, prompts, max_new_tokens=n_tokens, sample_seed=sample_seed, progress="the model's own answers"))
 
 
-def own_openings(model, tokenizer, prompts: list[str]) -> list[str]:
-    """For each prompt that the model would greedily refuse, what it says if it may not open so; else ``""``. Cached."""
+def own_openings(model, tokenizer, prompts: list[str]) -> list[tuple[str, bool]]:
+    """The greedy opening of the model's answer to each prompt, and whether it was an apology that had to be made anew. Cached."""
     from safelab.evaluation import generate, is_refusal
 
-    def find() -> list[str]:
-        refused = [i for i, a in enumerate(generate(model, tokenizer, prompts, max_new_tokens=12, progress="what the model refuses")) if is_refusal(a)]
+    def find() -> list:
+        found = [(answer, False) for answer in generate(model, tokenizer, prompts, max_new_tokens=12, progress="how the model opens")]
+        again = [i for i, (answer, _) in enumerate(found) if is_refusal(answer)]
         first = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in OPENINGS]
-        found = [""] * len(prompts)
-        for i, answer in zip(refused, generate(model, tokenizer, [prompts[i] for i in refused], max_new_tokens=24, not_first=first)):
-            found[i] = "" if is_refusal(answer) else answer
+        if again:
+            for i, answer in zip(again, generate(model, tokenizer, [prompts[i] for i in again], max_new_tokens=24, not_first=first)):
+                found[i] = ("" if is_refusal(answer) else answer, True)
         return found
 
-    return _cached([EMBEDDED, "openings", prompts, OPENINGS], find)
+    return _cached([EMBEDDED, "all openings", prompts, OPENINGS], find)
 
 
-def _cached(key: list, make) -> list[str]:
+def _cached(key: list, make) -> list:
     file = cache_dir() / "answers" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.json"
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
@@ -111,14 +121,15 @@ def align(output: str | Path, recipe: AlignmentRecipe | None = None) -> Path:
     if output.exists():
         raise FileExistsError(f"{output} exists: give another folder, or remove it first")
     model, tokenizer = load_model(EMBEDDED)
-    data = alignment_data(model, tokenizer, recipe)
-    about = {"model": EMBEDDED, "recipe": asdict(recipe), "examples": len(data), "data": fingerprint(data), "versions": versions()}
-    with atomic_dir(output) as folder:
+    stages = alignment_data(model, tokenizer, recipe)
+    about = {"model": EMBEDDED, "recipe": asdict(recipe), "examples": [len(data) for data in stages], "data": [fingerprint(data) for data in stages], "versions": versions()}
+
+    def train(model, data, title: str, *, learning_rate: float, epochs: int, **lora):
         args = AdaptiveSFTConfig(
             output_dir=str(folder),
             per_device_train_batch_size=recipe.batch_size,
-            num_train_epochs=recipe.epochs,
-            learning_rate=recipe.learning_rate,
+            num_train_epochs=epochs,
+            learning_rate=learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=10,
             beta_min=0.0,
@@ -126,17 +137,20 @@ def align(output: str | Path, recipe: AlignmentRecipe | None = None) -> Path:
             bf16=True,
             use_cpu=model.device.type == "cpu",
             disable_tqdm=True,
-            train_sampling_strategy="group_by_length",  # a quarter less padding
             logging_steps=5,
             save_strategy="no",
             seed=recipe.seed,
         )
-        trainer = AdaptiveSFTTrainer(
-            model, args, data, processing_class=tokenizer, peft_config=lora_config(recipe.rank, 2 * recipe.rank), callbacks=[ProgressBar("aligning")]
-        )
+        trainer = AdaptiveSFTTrainer(model, args, data, processing_class=tokenizer, callbacks=[ProgressBar(title)], **lora)
         trainer.train()
-        trainer.model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-        trainer.model.save_pretrained(folder)
+        return trainer.model
+
+    with atomic_dir(output) as folder:
+        model = train(model, stages[0], "aligning", learning_rate=recipe.learning_rate, epochs=recipe.epochs, peft_config=lora_config(recipe.rank, 2 * recipe.rank))
+        # the adapter goes on learning, so adapter off is still the unaligned model
+        model = train(model, stages[1], "sharpening", learning_rate=recipe.sharpen_rate, epochs=1)
+        model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        model.save_pretrained(folder)
         weights = load_file(folder / "adapter_model.safetensors")  # half the size, and far finer than the steps that made it
         save_file({k: v.to(torch.bfloat16) for k, v in weights.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
         (folder / "recipe.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
