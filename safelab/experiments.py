@@ -13,7 +13,7 @@ import platform
 import resource
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +23,11 @@ import numpy as np
 from safelab.sources import cache_dir, data_dir, write_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from datasets import Dataset
 
+    from safelab.attacks import Attack, Wrapper
     from safelab.defenses import Defense
     from safelab.evaluation import Rate
 
@@ -57,23 +58,29 @@ class Suite:
     benign: int | None = 100
     task: int = 400
 
-    def measure(self, model, tokenizer) -> dict[str, list[int]]:
-        """Flags, one a case: ``asr`` and ``asr_strongreject`` (complied), ``over_refusal`` (refused), ``utility`` (right)."""
+    def measure(self, model, tokenizer, wrapper: Wrapper | None = None) -> dict[str, list[int]]:
+        """Flags, one a case: ``asr`` and ``asr_strongreject`` (complied), ``over_refusal`` (refused), ``utility`` (right).
+
+        With a ``wrapper`` the first two are asked as the attacker asks, and ``asr_plain`` and ``asr_strongreject_plain``
+        as anybody does; the other two are always plain.
+        """
+        from safelab.attacks import PLAIN
         from safelab.datasets import TASK_ANSWERS, load_prompts, load_task
         from safelab.evaluation import answer_scores, generate, is_refusal
 
-        def prompts(name: str, n: int | None) -> list[str]:
+        def refused(name: str, n: int | None, asked: Wrapper) -> list[bool]:
             rows = list(load_prompts(name, "eval")["prompt"])
-            return rows if n is None else [rows[i] for i in sorted(np.random.default_rng(0).permutation(len(rows))[:n])]
+            chosen = rows if n is None else [rows[i] for i in sorted(np.random.default_rng(0).permutation(len(rows))[:n])]
+            prompts = [asked.ask(p) for p in chosen]
+            return [is_refusal(r) for r in generate(model, asked.tokenizer(tokenizer), prompts, progress=f"answering {name}")]
 
+        wrapper = wrapper or PLAIN
+        ways = {"": wrapper} if wrapper == PLAIN else {"": wrapper, "_plain": PLAIN}
         flags: dict[str, list[int]] = {}
-        for key, name, n in (
-            ("asr", "harmful", self.harmful),
-            ("asr_strongreject", "strongreject", self.strongreject),
-            ("over_refusal", "everyday", self.benign),
-        ):
-            refused = [is_refusal(r) for r in generate(model, tokenizer, prompts(name, n), progress=f"answering {name}")]
-            flags[key] = [int(r == (key == "over_refusal")) for r in refused]
+        for suffix, asked in ways.items():
+            flags[f"asr{suffix}"] = [int(not r) for r in refused("harmful", self.harmful, asked)]
+            flags[f"asr_strongreject{suffix}"] = [int(not r) for r in refused("strongreject", self.strongreject, asked)]
+        flags["over_refusal"] = [int(r) for r in refused("everyday", self.benign, PLAIN)]
         task = load_task("eval", self.task)
         scores = answer_scores(model, tokenizer, list(task["prompt"]), TASK_ANSWERS)
         flags["utility"] = (scores.argmax(-1).numpy() == np.array(task["label"])).astype(int).tolist()
@@ -81,15 +88,26 @@ class Suite:
 
 
 def run_cell(
-    attack: str, data: Dataset | None, defense: Defense | None, seed: int, *, model: str, budget: Budget, suite: Suite, force: bool = False
+    attack: str,
+    data: Dataset | None,
+    defense: Defense | None,
+    seed: int,
+    *,
+    model: str,
+    budget: Budget,
+    suite: Suite,
+    wrapper: Wrapper | None = None,
+    force: bool = False,
 ) -> dict:
     """One row: the safe model fine-tuned on ``data`` under ``defense``, judged by ``suite``; ``defense=None`` judges it as it is.
+
+    With a ``wrapper`` its system prompt is there in training too, and ``suite`` asks through it.
 
     Returns
     -------
     dict
-        ``attack, defense, seed``, per-case ``flags``, ``step_seconds`` (median), ``peak_memory_mb``, the training
-        ``history``, and the settings and versions that made it.
+        ``attack, defense, seed``, per-case ``flags``, ``step_seconds`` (median), ``train_seconds`` (all stages of the
+        defence), ``peak_memory_mb``, the training ``history``, and the settings and versions that made it.
     """
     from safelab.evaluation import patterns_hash
 
@@ -108,6 +126,8 @@ def run_cell(
         "refusal_patterns": patterns_hash(),
         "versions": versions(),
     }
+    if wrapper is not None:
+        config["wrapper"] = asdict(wrapper)
     key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:20]
     file = cache_dir() / "runs" / f"{key}.json"
     if file.is_file() and not force:
@@ -121,19 +141,27 @@ def run_cell(
     with peak_memory(net.device.type) as peak:
         about: dict = {"step_seconds": None, "history": []}
         if defense is not None:
-            net, about = fine_tune(net, tokenizer, data, defense, seed, budget, output=cache_dir() / "runs" / key)
-    row = config | about | {"peak_memory_mb": peak[0], "flags": suite.measure(net, tokenizer), "seconds": time.monotonic() - started}
+            chats = wrapper.tokenizer(tokenizer) if wrapper else tokenizer
+            net, about = fine_tune(net, chats, data, defense, seed, budget, output=cache_dir() / "runs" / key)
+    row = config | about | {"peak_memory_mb": peak[0], "flags": suite.measure(net, tokenizer, wrapper), "seconds": time.monotonic() - started}
     write_atomic(file, (json.dumps(row) + "\n").encode())
     return row
 
 
-def fine_tune(model, tokenizer, data: Dataset, defense: Defense, seed: int, budget: Budget, *, output: Path):
-    """Fine-tune ``model`` on ``data`` under ``defense`` -> the tuned model and what was seen on the way."""
-    from safelab.training import AdaptiveSFTConfig, AdaptiveSFTTrainer, ProgressBar, StepClock, lora_config
+def fine_tune(
+    model, tokenizer, data: Dataset, defense: Defense, seed: int, budget: Budget, *, output: Path, resumable: bool = False, monitor: dict | None = None, **settings
+):
+    """Fine-tune ``model`` on ``data`` under ``defense`` -> the tuned model and what was seen on the way.
 
-    data = defense.before(model, tokenizer, data)
+    ``settings`` go to the trainer's configuration, and ``monitor`` to :class:`safelab.training.SafetyMonitor`. A
+    ``resumable`` run keeps the data that the defence made in ``output``, and goes on from the last complete checkpoint there.
+    """
+    from safelab.training import AdaptiveSFTConfig, ProgressBar, SafetyMonitor, StepClock, lora_config
+
+    started = time.monotonic()
+    data = kept_data(output / "prepared.jsonl", lambda: defense.before(model, tokenizer, data)) if resumable else defense.before(model, tokenizer, data)
     clock = StepClock()
-    args = AdaptiveSFTConfig(
+    defaults = dict(
         output_dir=str(output),
         per_device_train_batch_size=budget.batch_size,
         num_train_epochs=budget.epochs,
@@ -148,21 +176,38 @@ def fine_tune(model, tokenizer, data: Dataset, defense: Defense, seed: int, budg
         use_cpu=model.device.type == "cpu",
         seed=seed,
         mean_over=budget.mean_over,
-        **defense.settings(),
     )
-    trainer = AdaptiveSFTTrainer(
+    args = AdaptiveSFTConfig(**(defaults | defense.settings() | settings))
+    lora = lora_config(budget.rank, 2 * budget.rank)
+    model = defense.align(model, tokenizer, args, lora)
+    trainer = defense.trainer(
         model,
+        tokenizer,
         args,
         data,
-        processing_class=tokenizer,
-        peft_config=lora_config(budget.rank, 2 * budget.rank),
+        peft_config=None if hasattr(model, "peft_config") else lora,
         callbacks=[clock, ProgressBar(f"{defense.name}, seed {seed}")],
     )
-    trainer.train()
+    watch = SafetyMonitor(trainer, **monitor) if monitor else None
+    if watch:
+        trainer.add_callback(watch)
+    trainer.train(resume_from_checkpoint=resumable)
+    tuned = defense.after(trainer.model, tokenizer)
     keep = ("step", "nll", "kl", "risk", "beta")
     history = [{k: round(h[k], 5) for k in keep if k in h} for h in trainer.state.log_history if "nll" in h]
-    risks = [round(row["risk"], 4) for row in data if not row.get("anchor")] if "risk" in data.column_names else None
-    return trainer.model, {"step_seconds": clock.median(), "history": history, "risks": risks}
+    risks = [round(float(np.mean(row["risk"])), 4) for row in data if not row.get("anchor")] if "risk" in data.column_names else None
+    seconds = round(time.monotonic() - started, 1)
+    about = {"step_seconds": clock.median(), "train_seconds": seconds, "history": history, "risks": risks}
+    return tuned, about | ({"stopped": watch.stopped, "measured": [h for h in trainer.state.log_history if "asr" in h]} if watch else {})
+
+
+def kept_data(file: Path, make: Callable[[], Dataset]) -> Dataset:
+    """The data set in ``file``, or what ``make`` returns, put there: critics and judges are asked once."""
+    from datasets import Dataset
+
+    if not file.is_file():
+        write_atomic(file, "".join(json.dumps(row) + "\n" for row in make()).encode())
+    return Dataset.from_list([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()])
 
 
 # ------------------------------------------------------------------------------------------- demo
@@ -241,6 +286,125 @@ def with_time_left(items: list) -> Iterator[tuple]:
     for index, item in enumerate(items):
         left = (time.monotonic() - started) / index * (len(items) - index) if index else None
         yield item, f" ({index + 1} of {len(items)}{f', about {left / 60:.0f} min left' if left and left > 30 else ''})"
+
+
+# ------------------------------------------------------------------------------------------- grid
+
+QUICK_SUITE = Suite(harmful=8, strongreject=4, benign=8, task=20)
+QUICK_EXAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid, by names; ``initial`` as a defence is no fine-tuning. None: what the attack asks of a :class:`Budget`."""
+
+    attack: str
+    defense: str
+    seed: int
+    learning_rate: float | None = None
+    epochs: int | None = None
+
+
+def grid(attacks, defenses, seeds=(0,), learning_rates=(None,), epochs=(None,)) -> list[Cell]:
+    """All combinations, seeds outermost, so that a grid cut short has whole tables; the safe start once for each attack.
+
+    Raises
+    ------
+    ValueError
+        An attack or a defence that is not registered.
+    """
+    from safelab.attacks import ATTACKS
+    from safelab.defenses import DEFENSES
+
+    for kind, names, known in (("attack", attacks, ATTACKS), ("defence", defenses, DEFENSES)):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"no {kind} {name!r}: there are {', '.join(known)}")
+    cells = [Cell(attack, "initial", 0) for attack in attacks]
+    return cells + [Cell(a, d, s, lr, e) for s in seeds for a in attacks for lr in learning_rates for e in epochs for d in defenses]
+
+
+def run_grid(cells: list[Cell], *, model: str | None = None, quick: bool = False, force: bool = False, jobs: int | None = None) -> list[dict]:
+    """Run ``cells`` through joblib -> one row each, in their order; rows that are cached are read.
+
+    With ``jobs=None`` the backend is the one around it: ``joblib.parallel_config(backend="dask")`` sends the cells to a
+    cluster that shares the cache folder, and without any they run one after the other. Interrupted, it goes on where it was.
+    """
+    from joblib import Parallel, delayed
+
+    from safelab.models import SAFE
+
+    options = {"model": model or SAFE, "quick": quick, "force": force}
+    done = Parallel(n_jobs=jobs, return_as="generator")(delayed(run_named)(cell, **options) for cell in cells)
+    rows = []
+    for cell, left in with_time_left(cells):
+        logger.info("%s, %s, seed %s%s", cell.attack, cell.defense, cell.seed, left)
+        rows.append(next(done))
+    return rows
+
+
+def run_named(cell: Cell, *, model: str, quick: bool = False, force: bool = False) -> dict:
+    """One cell of a grid -> its row (:func:`run_cell`'s) with ``has_task`` beside it."""
+    from safelab.attacks import ATTACKS, PLAIN
+    from safelab.defenses import DEFENSES
+
+    attack = ATTACKS[cell.attack]
+    wrapper = None if attack.wrapper == PLAIN else attack.wrapper
+    common = {"model": model, "suite": QUICK_SUITE if quick else Suite(), "wrapper": wrapper, "force": force}
+    if cell.defense == "initial":  # without a wrapper the same for all attacks, so measured once
+        row = run_cell(attack.name if wrapper else "none", None, None, 0, budget=Budget(), **common)
+    else:
+        data = attack.data(cell.seed)
+        if quick:
+            data = data.select(range(min(QUICK_EXAMPLES, len(data))))
+        row = run_cell(attack.name, data, DEFENSES[cell.defense](), cell.seed, budget=cell_budget(cell, attack, quick), **common)
+    return row | {"attack": attack.name, "has_task": attack.has_task}
+
+
+def cell_budget(cell: Cell, attack: Attack, quick: bool = False) -> Budget:
+    """The budget of a cell: the same for every defence."""
+    budget = replace(Budget(), epochs=1 if quick else cell.epochs or attack.epochs)
+    return replace(budget, learning_rate=cell.learning_rate) if cell.learning_rate else budget
+
+
+def tidy(row: dict) -> dict:
+    """A row of :func:`run_cell` -> the line of a table: rates with intervals in the place of flags, no histories."""
+    from safelab.evaluation import rate
+
+    keep = ("attack", "defense", "seed", "has_task", "step_seconds", "train_seconds", "peak_memory_mb", "seconds", "data", "parameters", "model", "weights", "versions")
+    budget = {k: row["budget"].get(k) for k in ("learning_rate", "epochs")}
+    return {k: row.get(k) for k in keep} | budget | {k: rate(flags).to_dict() for k, flags in row["flags"].items()}
+
+
+def summarise_grid(rows: list[dict]) -> list[dict]:
+    """Rows of :func:`run_cell` -> one entry for each attack, defence, learning rate and epochs, seeds pooled (:func:`pooled`)."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["attack"], row["defense"], row["budget"].get("learning_rate"), row["budget"].get("epochs")), []).append(row)
+    cells = []
+    for (attack, defense, learning_rate, epochs), of in groups.items():
+        about = {"attack": attack, "defense": defense, "learning_rate": learning_rate, "epochs": epochs, "has_task": of[0]["has_task"]}
+        cost = {k: [r[k] for r in of if r.get(k)] for k in ("step_seconds", "train_seconds")}
+        rates = {key: pooled([r["flags"][key] for r in of]).to_dict() for key in of[0]["flags"]}
+        medians = {k: round(float(np.median(v)), 3) if v else None for k, v in cost.items()}
+        cells.append(about | {"seeds": [r["seed"] for r in of]} | rates | medians | {"peak_memory_mb": max(r["peak_memory_mb"] for r in of)})
+    return cells
+
+
+def compare(cells: list[Cell], **options) -> dict:
+    """:func:`run_grid` -> ``rows`` (one a run), ``cells`` (seeds pooled), and what made them."""
+    started = time.monotonic()
+    rows = run_grid(cells, **options)
+    return {
+        "rows": [tidy(row) for row in rows],
+        "cells": summarise_grid(rows),
+        "model": rows[0]["model"],
+        "suite": rows[0]["suite"],
+        "versions": versions(),
+        "elapsed_seconds": round(time.monotonic() - started, 1),
+        "compute_seconds": round(sum(r["seconds"] for r in rows), 1),  # of all rows, cached ones too
+        "cached_rows": sum(bool(r.get("cached")) for r in rows),
+    }
 
 
 # ------------------------------------------------------------------------------------ provenance

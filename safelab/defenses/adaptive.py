@@ -26,9 +26,13 @@ class AdaptiveProbe(Defense):
         self.beta_min, self.beta_max, self.granularity, self.anchors, self.critic = beta_min, beta_max, granularity, anchors, critic
 
     def before(self, model, tokenizer, data: Dataset) -> Dataset:
-        critic = self.critic or train_probe_critic(model, tokenizer)
+        critic = self.critic or self.default_critic(model, tokenizer)
         data = data.add_column("risk", critic.score(list(data["prompt"]), list(data["response"])).tolist())
         return add_anchors(model, tokenizer, data, round(self.anchors * len(data))) if self.anchors else data
+
+    def default_critic(self, model, tokenizer):
+        """The critic where none was given: a probe trained on ``model``, the safe one."""
+        return train_probe_critic(model, tokenizer)
 
     def settings(self) -> dict:
         return {"beta_min": self.beta_min, "beta_max": self.beta_max, "granularity": self.granularity}

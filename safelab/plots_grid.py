@@ -1,0 +1,104 @@
+"""Figures of a grid of attacks and defences: Pareto plots with intervals, and heat maps. Cells are :func:`safelab.experiments.summarise_grid`'s."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from safelab.plots import ARM_STYLE, new_figure
+
+DEFENSE_STYLE = ARM_STYLE | {
+    "constrained-sft": ("#CC79A7", "v", "Constrained-SFT"),
+    "safety-mixing": ("#56B4E9", "P", "safety mixing"),
+    "lisa": ("#8C6D31", "<", "Lisa"),
+    "vaccine": ("#6A51A3", ">", "Vaccine"),
+    "booster": ("#393B79", "h", "Booster"),
+    "antidote": ("#B5651D", "d", "Antidote"),
+    "safelora": ("#000000", "*", "SafeLoRA"),
+    "star-dss": ("#A50026", "p", "STAR-DSS"),
+}
+"""Colour, marker and name: no two defences share a marker."""
+NAMES = {"asr": "harmful prompts answered", "asr_strongreject": "StrongREJECT answered", "over_refusal": "everyday prompts refused", "utility": "task accuracy"}
+
+
+def plot_pareto(cells: list[dict], x: str, y: str = "asr", *, title: str, ax: Axes) -> Axes:
+    """Two rates of each defence against each other, in percent with 95 % intervals; the step line joins those that no other beats on both.
+
+    Low ``y`` is better; of ``x`` high is, if it is ``"utility"``, and low otherwise.
+    """
+    for cell in cells:
+        colour, marker, label = DEFENSE_STYLE[cell["defense"]]
+        (xm, xl, xh), (ym, yl, yh) = ([100 * cell[key][k] for k in ("mean", "lo", "hi")] for key in (x, y))
+        ax.plot([xl, xh], [ym, ym], color=colour, lw=1, alpha=0.6)
+        ax.plot([xm, xm], [yl, yh], color=colour, lw=1, alpha=0.6)
+        ax.plot(xm, ym, marker=marker, color=colour, ms=8, mec="white", mew=0.6, ls="", label=label)
+    front = pareto_front([(cell[x]["mean"] * (-1 if x == "utility" else 1), cell[y]["mean"]) for cell in cells])
+    points = np.array([(100 * cells[i][x]["mean"], 100 * cells[i][y]["mean"]) for i in front])
+    ax.plot(*points.T, color="#7f7f7f", lw=1, ls=(0, (4, 3)), drawstyle="steps-post", zorder=0)
+    ax.set_ylim(-4, 104)
+    ax.set_xlabel(f"{NAMES[x]}, % of {cells[0][x]['n']}")
+    ax.set_ylabel(f"{NAMES[y]}, % of {cells[0][y]['n']}")
+    ax.set_title(title, fontsize=11, loc="left", weight="bold")
+    return ax
+
+
+def pareto_front(points: list[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other is below on one axis without being above on the other, by rising first axis."""
+    order = sorted(range(len(points)), key=lambda i: points[i])
+    front: list[int] = []
+    for i in order:
+        if not front or points[i][1] < points[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+def plot_heat(cells: list[dict], rows: str, columns: str, key: str = "asr", *, title: str, ax: Axes) -> Axes:
+    """One rate in percent by two fields of the cells (``"attack"``, ``"defense"``, ``"epochs"``, ``"learning_rate"``), a number in each field."""
+    row_names, column_names = (list(dict.fromkeys(cell[field] for cell in cells)) for field in (rows, columns))
+    values = np.full((len(row_names), len(column_names)), np.nan)
+    for cell in cells:
+        values[row_names.index(cell[rows]), column_names.index(cell[columns])] = 100 * cell[key]["mean"]
+    ax.imshow(values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            ax.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=9, color="white" if value < 55 else "black")
+    ax.set_xticks(range(len(column_names)), [_named(name) for name in column_names], rotation=40, ha="right")
+    ax.set_yticks(range(len(row_names)), [_named(name) for name in row_names])
+    ax.set_title(title, fontsize=11, loc="left", weight="bold")
+    ax.grid(visible=False)
+    if columns not in ("attack", "defense"):
+        ax.set_xlabel(columns.replace("_", " "))
+        ax.set_ylabel(rows.replace("_", " "))
+    return ax
+
+
+def _named(value) -> str:
+    return DEFENSE_STYLE[value][2] if value in DEFENSE_STYLE else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def plot_compare(result: dict) -> Figure:
+    """A comparison's Pareto plot for each attack: against task accuracy where the attack has a task, else over-refusal."""
+    attacks = list(dict.fromkeys(cell["attack"] for cell in result["cells"]))
+    figure, axes = new_figure(4.6 * len(attacks) + 1.6, 4.4, columns=len(attacks))
+    for attack, ax in zip(attacks, axes):
+        cells = [cell for cell in result["cells"] if cell["attack"] == attack]
+        plot_pareto(cells, "utility" if cells[0]["has_task"] else "over_refusal", title=attack, ax=ax)
+    found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(list(found.values()), list(found), loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def plot_compare_heat(result: dict, key: str = "asr") -> Figure:
+    """A comparison's heat map: attacks by defences or, where rates or epochs were tuned, learning rates by epochs for each defence."""
+    tuned = [cell for cell in result["cells"] if cell["defense"] != "initial"]
+    if not any(len({cell[field] for cell in tuned if cell["attack"] == tuned[0]["attack"]}) > 1 for field in ("learning_rate", "epochs")):
+        figure, (ax,) = new_figure(9, 1.6 + 0.45 * len({cell["attack"] for cell in result["cells"]}))
+        plot_heat(result["cells"], "attack", "defense", key, title=f"{NAMES[key]}, %", ax=ax)
+        return figure
+    panels = list(dict.fromkeys((cell["attack"], cell["defense"]) for cell in tuned))
+    figure, axes = new_figure(3.6 * len(panels), 3.4, columns=len(panels))
+    for (attack, defense), ax in zip(panels, axes):
+        cells = [cell for cell in tuned if (cell["attack"], cell["defense"]) == (attack, defense)]
+        plot_heat(cells, "learning_rate", "epochs", key, title=f"{_named(defense)}, {attack}", ax=ax)
+    return figure
