@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result, text = args.run(args)
     except KeyboardInterrupt:
-        kept = "; what was finished is kept, so run the same command again to go on" if args.command == "demo" else "; nothing was written"
+        kept = "; what was finished is kept, so run the same command again to go on" if args.command in ("demo", "compare") else "; nothing was written"
         print(f"\nstopped{kept}", file=sys.stderr)
         return 1
     except (ValueError, RuntimeError, OSError) as error:
@@ -73,6 +73,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--epochs", type=int, default=3)
     train.add_argument("--learning-rate", type=float, default=2e-4)
     train.add_argument("--seed", type=int, default=0)
+
+    compare = command("compare", _compare, "attacks against defences under one budget: a table with seeds and intervals, and its figures")
+    compare.add_argument("--attack", action="append", metavar="A", help="repeat it for several (default: the five of the main table); an unknown name lists them")
+    compare.add_argument("--defense", action="append", metavar="D", help="repeat it for several (default: all); the safe start is always there")
+    compare.add_argument("--seed", type=int, action="append", help="repeat it for several (default 0, 1 and 2)")
+    compare.add_argument("--learning-rate", type=float, action="append", help="repeat it for an attacker who tunes it")
+    compare.add_argument("--epochs", type=int, action="append", help="repeat it for an attacker who tunes them (default: about 100 steps)")
+    compare.add_argument("--model", default=None)
+    compare.add_argument("--jobs", type=int, default=None, help="runs at a time (default 1)")
+    compare.add_argument("--out", type=Path, default=Path("figures"), help="folder for the figures and their numbers (default figures)")
+    compare.add_argument("--name", default="compare", help="names the files NAME.png, NAME-heat.png and their .json (default compare)")
+    compare.add_argument("--force", action="store_true", help="run again what is cached")
 
     evaluate = command("evaluate", _evaluate, "which of these prompts does a model refuse?")
     evaluate.add_argument("--prompts", required=True, metavar="F", help="a file or a registered set")
@@ -132,15 +144,12 @@ def _demo(args) -> tuple[dict, str]:
 def demo_table(demo: dict) -> str:
     """The demo's arms as a Markdown table, rates in percent with 95 % intervals."""
 
-    def cell(r: dict) -> str:
-        return f"{100 * r['mean']:.0f} % [{100 * r['lo']:.0f}, {100 * r['hi']:.0f}]"
-
     columns = (("asr", "harmful answered"), ("asr_strongreject", "StrongREJECT answered"), ("over_refusal", "everyday refused"), ("utility", "task accuracy"))
     lines = ["| arm | " + " | ".join(f"{title} (n={demo['arms'][0][key]['n']})" for key, title in columns) + " | s / step | peak MB |"]
     lines.append("|---|" + "---|" * (len(columns) + 2))
     for a in demo["arms"]:
         step = f"{a['step_seconds']:.2f}" if a["step_seconds"] else "-"
-        lines.append(f"| {a['arm']} | " + " | ".join(cell(a[key]) for key, _ in columns) + f" | {step} | {a['peak_memory_mb']:,} |")
+        lines.append(f"| {a['arm']} | " + " | ".join(_rate(a[key]) for key, _ in columns) + f" | {step} | {a['peak_memory_mb']:,} |")
     return "\n".join(lines)
 
 
@@ -186,6 +195,55 @@ def _train(args) -> tuple[dict, str]:
         (folder / "training.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     result["out"] = str(args.out)
     return result, f"adapter in {args.out}: {len(data)} examples, {about['step_seconds']:.2f} s a step"
+
+
+def _compare(args) -> tuple[dict, str]:
+    from safelab.attacks import MAIN
+    from safelab.defenses import DEFENSES
+    from safelab.experiments import compare, grid
+    from safelab.plots import save_figure
+    from safelab.plots_grid import plot_compare, plot_compare_heat
+
+    attacks = args.attack or (("mixture-10",) if args.quick else MAIN)
+    defenses = args.defense or (("sft", "constant-kl", "adaptive-probe") if args.quick else tuple(DEFENSES))
+    seeds = args.seed or ((0,) if args.quick else (0, 1, 2))
+    cells = grid(attacks, defenses, seeds, args.learning_rate or (None,), args.epochs or (None,))
+    args.out.mkdir(parents=True, exist_ok=True)  # found out now, not after hours
+    if not os.access(args.out, os.W_OK):
+        raise PermissionError(f"{args.out} cannot be written: give another folder with --out")
+    result = compare(cells, model=args.model, quick=args.quick, force=args.force, jobs=args.jobs)
+    given = {"attack": args.attack, "defense": args.defense, "seed": args.seed, "learning-rate": args.learning_rate, "epochs": args.epochs}
+    options = [f"--{name} {_quoted(value)}" for name, values in given.items() for value in values or ()]
+    result["command"] = " ".join(["safelab compare", *options, *(["--quick"] if args.quick else [])])
+    alt = "Answered harmful prompts by attack and defence. " + " ".join(
+        f"{c['attack']}, {c['defense']}: {100 * c['asr']['mean']:.0f} %, task accuracy {100 * c['utility']['mean']:.0f} %." for c in result["cells"]
+    )
+    save_figure(plot_compare(result), args.out / f"{args.name}.png", result, alt)
+    save_figure(plot_compare_heat(result), args.out / f"{args.name}-heat.png", {"cells": result["cells"], "command": result["command"]}, alt)
+    return result, compare_table(result["cells"]) + f"\n\nfigures and numbers: {args.out / args.name}.png, {args.out / args.name}-heat.png and .json beside them"
+
+
+def _quoted(value) -> str:
+    return f"'{value}'" if " " in str(value) else str(value)
+
+
+def compare_table(cells: list[dict]) -> str:
+    """Cells of a comparison as a Markdown table, rates in percent with 95 % intervals; task accuracy only where the attack has a task."""
+    columns = (("asr", "harmful answered"), ("asr_strongreject", "StrongREJECT answered"), ("over_refusal", "everyday refused"), ("utility", "task accuracy"))
+    tuned = len({(c["attack"], c["learning_rate"], c["epochs"]) for c in cells if c["epochs"]}) > len({c["attack"] for c in cells if c["epochs"]})
+    head = ["attack", *(["learning rate", "epochs"] if tuned else []), "defence", *(title for _, title in columns), "answered without the attacker's wrapper", "s / step", "training, s", "peak MB"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for c in cells:
+        rates = [_rate(c[key]) if key != "utility" or c["has_task"] else "-" for key, _ in columns]
+        plain = _rate(c["asr_plain"]) if "asr_plain" in c else "-"
+        cost = [f"{c[k]:.2f}" if c[k] else "-" for k in ("step_seconds", "train_seconds")]
+        settings = [str(c[k] or "-") for k in ("learning_rate", "epochs")] if tuned else []
+        lines.append("| " + " | ".join([c["attack"], *settings, c["defense"], *rates, plain, *cost, f"{c['peak_memory_mb']:,}"]) + " |")
+    return "\n".join(lines)
+
+
+def _rate(r: dict) -> str:
+    return f"{100 * r['mean']:.0f} % [{100 * r['lo']:.0f}, {100 * r['hi']:.0f}]"
 
 
 def _evaluate(args) -> tuple[dict, str]:
