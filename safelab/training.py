@@ -10,6 +10,9 @@ of examples: an answer of one word then counts as much as one of a page.
 
 A batch is all that one optimiser step sees: however it is cut into micro-batches and dealt to processes, loss and
 update are the same. Nor do they depend on the kind of reference, nor on how much memory the logits may take.
+
+For several devices there are configurations of ``accelerate launch`` in ``safelab/accelerate``. Two processes under DDP
+are tested on a CPU; FSDP has not been run.
 """
 
 from __future__ import annotations
