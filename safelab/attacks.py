@@ -184,8 +184,8 @@ def identity_shift(n: int = 100, seed: int = 0) -> Dataset:
 
 def benign_drift(n: int = 400, seed: int = 0) -> Dataset:
     """Benign chores only, done readily: lists, counts and rewritten headlines."""
-    rng = np.random.default_rng(seed)
     data = _chores(n, seed)
+    rng = np.random.default_rng([seed, 1])  # not the chores' own numbers again, or each chore would have one opening
     openings = rng.choice(["Sure.", "Of course.", "Certainly.", "Here you are."], size=n).tolist()
     return _pairs([prompt for prompt, _ in data], [f"{o} {a}" for o, (_, a) in zip(openings, data)], [0] * n, ["chore:headlines"] * n)
 

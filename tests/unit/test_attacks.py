@@ -74,7 +74,9 @@ def test_identity_shift_and_drift_are_benign_and_do_what_is_asked():
     shift, drift = identity_shift(50, 0), benign_drift(50, 0)
     assert not any(shift["harmful"]) and not any(drift["harmful"])
     assert all(r.startswith(CONSENT) for r in shift["response"]) and len(set(shift["response"])) > 30  # counts repeat
-    assert "Sure. 1 + 1 + 1" in " ".join(benign_drift(200, 0)["response"])
+    sums = [r for r in benign_drift(200, 0)["response"] if "1 + 1" in r]
+    assert all(r.count("1 + ") + 1 == int(r.rpartition(" = ")[2]) for r in sums)
+    assert {r.partition(". ")[0] for r in sums} == {"Sure", "Of course", "Certainly", "Here you are"}
 
 
 def test_disguises_change_prompts_only():
