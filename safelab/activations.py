@@ -1,8 +1,8 @@
 """Prompts -> Activations (examples x layers x width): what a model computes before it writes a word.
 
 Layer 0 is the embedding output, layer l the output of transformer block l (before the final norm). Texts are sorted
-by length into batches of about as many tokens each, the forward pass stops after the deepest layer asked for, and
-only the positions asked for are kept, so memory grows with the result and not with layers x tokens x prompts. With
+by length into batches of about as many tokens each, what they all begin with is read once, the forward pass stops after
+the deepest layer asked for, and only the positions asked for are kept, so memory grows with the result and not with layers x tokens x prompts. With
 ``cache=True`` not even the result is held in memory: it is written to a file batch by batch, and mapped.
 """
 
@@ -12,6 +12,7 @@ import hashlib
 import json
 import struct
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
+from transformers import DynamicCache
 
 from safelab.models import decoder_layers, render_pairs, render_prompts
 from safelab.sources import atomic_path, cache_dir
@@ -45,6 +47,10 @@ class Activations:
         if number not in self.layers:
             raise ValueError(f"layer {number} was not extracted; there are {', '.join(map(str, self.layers))}")
         return self.values[:, self.layers.index(number)]
+
+    def select(self, layers: list[int]) -> Activations:
+        """The same with these layers only; ValueError if one was not extracted."""
+        return Activations(np.stack([self.layer(number) for number in layers], axis=1), tuple(layers), self.position, self.offsets)
 
     def concatenated(self) -> np.ndarray:
         """``(examples, layers x width)``: the layers side by side."""
@@ -74,7 +80,7 @@ def extract_activations(
     layers: list[int] | None = None,
     position: str = "last",
     half: bool | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 512,
     cache: bool = False,
     progress: str | None = None,
 ) -> Activations:
@@ -93,7 +99,7 @@ def extract_activations(
     half
         bfloat16 autocast; default on a CPU. The result is float32 either way.
     batch_tokens
-        A batch holds at most so many tokens, padding included, or a single text.
+        A batch holds at most so many tokens, padding included and the shared beginning left out, or a single text.
     cache
         Keep the result on disk, keyed by the model's weights, the texts' tokens and the settings, and return it
         memory-mapped: asked for again, it is read instead of computed.
@@ -128,15 +134,24 @@ def extract_activations(
         cast = torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False) if half else nullcontext()
         bar = tqdm(total=len(texts), desc=progress, disable=progress is None, unit="prompt", leave=False)
         with _eval_mode(model), torch.no_grad(), cast, bar:
-            for rows in _batches([len(t) for t in texts], batch_tokens):
+            # what all texts begin with, mostly the template's opening, is read once and kept as keys and values
+            shared = _shared(texts, starts) if layers[-1] else 0
+            past, head = DynamicCache(config=config), {}
+            if shared:
+                head = _read(model, blocks, layers, torch.tensor([texts[0][:shared]]), past, lambda layer, h: h[0].float())
+            for rows in _batches([len(t) - shared for t in texts], batch_tokens):
                 # padded on the right and without a mask: nothing in a causal model looks that way
-                ids = pad_sequence([torch.tensor(texts[i]) for i in rows], batch_first=True, padding_value=tokenizer.pad_token_id)
-                spans = [(starts[i], len(texts[i])) for i in rows]
-                with _read_layers(blocks, layers, lambda h, spans=spans: _pool(h, spans, position)) as read:
-                    try:
-                        model(input_ids=ids.to(model.device), use_cache=False)
-                    except _Deep:
-                        pass
+                ids = pad_sequence([torch.tensor(texts[i][shared:]) for i in rows], batch_first=True, padding_value=tokenizer.pad_token_id)
+                spans = [(max(starts[i] - shared, 0), len(texts[i]) - shared) for i in rows]
+                heads = {} if responses is not None else head  # of a prompt all tokens count
+
+                def pool(layer, hidden, spans=spans, heads=heads):
+                    return _pool(hidden, spans, position, heads.get(layer))
+
+                again = deepcopy(past)
+                if shared:
+                    again.batch_repeat_interleave(len(rows))
+                read = _read(model, blocks, layers, ids, again, pool)
                 batch = torch.stack([read[layer] for layer in layers], dim=1).cpu().numpy()
                 if not np.isfinite(batch).all():
                     raise ValueError("activations are not finite: load the model in float32 or bfloat16 instead of float16")
@@ -150,6 +165,13 @@ def extract_activations(
         values = np.empty(shape, dtype=np.float32)
         fill(values)
     return Activations(values, tuple(layers), position, offsets if position == "all" else None)
+
+
+def _shared(texts: list[list[int]], starts: list[int]) -> int:
+    """How many tokens all texts begin with; each keeps one of its own at least, and a response all of them."""
+    longest = min(start or len(text) - 1 for text, start in zip(texts, starts))
+    first, last = min(texts), max(texts)  # what these two share, all do
+    return next((i for i in range(longest) if first[i] != last[i]), longest)
 
 
 def _batches(lengths: list[int], batch_tokens: int):
@@ -174,22 +196,23 @@ def _eval_mode(model):
         model.train(was_training)
 
 
-def _pool(hidden: torch.Tensor, spans: list[tuple[int, int]], position: str) -> torch.Tensor:
-    """``(batch, length, width)`` -> ``(batch, width)``, or ``(tokens, width)`` for ``"all"``; float32."""
+def _pool(hidden: torch.Tensor, spans: list[tuple[int, int]], position: str, head: torch.Tensor | None) -> torch.Tensor:
+    """``(batch, length, width)`` -> ``(batch, width)``, or ``(tokens, width)`` for ``"all"``; float32. ``head`` goes before each text."""
     if position == "last":
         return hidden[range(len(spans)), [end - 1 for _, end in spans]].float()
     counted = [row[start:end].float() for row, (start, end) in zip(hidden, spans)]
+    if head is not None:
+        counted = [torch.cat([head, tokens]) for tokens in counted]
     return torch.cat(counted) if position == "all" else torch.stack([tokens.mean(0) for tokens in counted])
 
 
-@contextmanager
-def _read_layers(blocks, layers: list[int], pool):
-    """Pooled outputs of the layers asked for; hooks exist inside this block only."""
+def _read(model, blocks, layers: list[int], ids: torch.Tensor, past: DynamicCache, pool) -> dict[int, torch.Tensor]:
+    """``pool(layer, hidden)`` of each layer asked for, from one forward pass after ``past``, which grows; hooks exist inside only."""
     read: dict[int, torch.Tensor] = {}
     handles = []
 
     def keep(layer: int, hidden) -> None:
-        read[layer] = pool(hidden[0] if isinstance(hidden, tuple) else hidden)
+        read[layer] = pool(layer, hidden[0] if isinstance(hidden, tuple) else hidden)
         if layer == layers[-1]:
             raise _Deep
 
@@ -203,10 +226,13 @@ def _read_layers(blocks, layers: list[int], pool):
                 handles.append(blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
             else:
                 handles.append(blocks[layer - 1].register_forward_hook(lambda _, __, out, layer=layer: keep(layer, out)))
-        yield read
+        model(input_ids=ids.to(model.device), past_key_values=past, use_cache=True)
+    except _Deep:
+        pass
     finally:
         for handle in handles:
             handle.remove()
+    return read
 
 
 # ---------------------------------------------------------------------------------------------- identity

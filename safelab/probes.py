@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
@@ -115,17 +117,20 @@ class HarmProbe(ClassifierMixin, BaseEstimator):
                 aurocs.append(roc_auc_score(y[test], held_out[test]))
             self.network_ = _calibrated(fit_network(X, y), held_out, y)
             self.cv_auroc_ = float(np.mean(aurocs))
-        self._describe(_slope(self.network_, X))
+        slope = _slope(self.network_, X)
+        self._describe(slope / max(np.linalg.norm(slope), 1e-12))
         return self
 
     def _mlp(self, X, y):
-        mlp = MLPClassifier((self.hidden,), alpha=1.0, solver="lbfgs", max_iter=100, random_state=self.random_state)
+        mlp = MLPClassifier((self.hidden,), alpha=1.0, solver="lbfgs", max_iter=200, random_state=self.random_state)
         scaler = StandardScaler().fit(X)
-        mlp.fit(scaler.transform(X), y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # stopping there is part of its regularisation
+            mlp.fit(scaler.transform(X), y)
         return _in_activation_space(scaler, list(zip(mlp.coefs_, mlp.intercepts_)))
 
-    def _describe(self, slope: np.ndarray) -> None:
-        self.direction_ = slope / max(np.linalg.norm(slope), 1e-12)
+    def _describe(self, direction: np.ndarray) -> None:
+        self.direction_ = direction
         if len(self.network_) == 1:
             self.coef_, self.intercept_ = self.network_[0][0][:, 0], float(self.network_[0][1][0])
 
@@ -255,7 +260,7 @@ def load_probe(folder: str | Path, *, model, tokenizer) -> tuple[HarmProbe, dict
         probe = HarmProbe(card["kind"])
         trained_on = {"model": card["model"], "template": card["template"]}
         probe.C_, probe.cv_auroc_, probe.n_features_in_ = card["C"], card["cv_auroc"], card["width"]
-        slope = tensors["direction"]
+        direction = tensors["direction"]
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} is not a saved probe ({type(error).__name__}: {error}): probe.json and probe.safetensors are needed") from error
     here = {"model": model_fingerprint(model), "template": template_fingerprint(tokenizer)}
@@ -263,7 +268,7 @@ def load_probe(folder: str | Path, *, model, tokenizer) -> tuple[HarmProbe, dict
         what = "the weights" if trained_on["model"] != here["model"] else "the chat template"
         raise ValueError(f"the probe in {folder} was trained on another model ({what} differ: {card.get('name', 'unnamed')}): train one for this model")
     probe.network_, probe.classes_ = network, np.array([0, 1])
-    probe._describe(slope)
+    probe._describe(direction)
     return probe, card
 
 

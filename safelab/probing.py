@@ -44,9 +44,9 @@ def test_sets(names=tuple(TEST_SETS), n: int | None = None, seed: int = 0) -> di
 test_sets.__test__ = False  # a loader, whatever pytest makes of its name
 
 
-def text_baseline(prompts: list[str], y, *, seed: int = 0):
+def text_baseline(prompts: list[str], y):
     """TF-IDF of words and pairs of words, and logistic regression: what it can do, wording does, and no model is needed for it."""
-    return make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(max_iter=2000, random_state=seed)).fit(prompts, y)
+    return make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(max_iter=2000)).fit(prompts, y)
 
 
 def layer_curves(states: Activations, y, groups, tests: dict[str, tuple[Activations, np.ndarray]], *, kind: str = "logistic", seed: int = 0) -> list[dict]:
@@ -157,24 +157,52 @@ def _rate(flags: np.ndarray) -> dict:
 # ---------------------------------------------------------------------------------------------- the report
 
 
-def proof(model, tokenizer, tests: dict | None = None, *, layers: list[int] | None = None, cache: bool = False, seed: int = 0) -> list[dict]:
-    """The default probe and the text baseline, trained on :func:`~safelab.probes.probe_prompts`, on each held-out set.
+def read_sets(model, tokenizer, train: list[str], tests: dict[str, tuple], layers: list[int], *, cache: bool = False):
+    """Activations of the training prompts, and of each test set with its labels: what :func:`layer_curves` and :func:`proof` take.
+
+    Raises
+    ------
+    ValueError
+        A prompt is in both the training and a test set.
+    """
+    held_out = [p for prompts, _ in tests.values() for p in prompts]
+    overlap = set(train) & set(held_out)
+    if overlap:
+        raise ValueError(f"{len(overlap)} prompts are in both the training and the test set, such as {min(overlap)[:60]!r}: remove them")
+    every = list(dict.fromkeys([*train, *held_out]))  # sets share prompts: read each once
+    states = extract_activations(model, tokenizer, every, layers=layers, cache=cache, progress="reading prompts")
+    at = {prompt: i for i, prompt in enumerate(every)}
+
+    def of(prompts) -> Activations:
+        return Activations(states.values[[at[p] for p in prompts]], states.layers, states.position)
+
+    return of(train), {name: (of(prompts), labels) for name, (prompts, labels) in tests.items()}
+
+
+def proof(train: tuple, tests: dict[str, tuple], states: Activations, held_out: dict, *, seed: int = 0) -> list[dict]:
+    """A probe on all layers of ``states`` and the text baseline, on each test set.
+
+    Parameters
+    ----------
+    train
+        Prompts, labels and groups.
+    tests
+        Name -> prompts and labels.
+    states, held_out
+        Their activations, by :func:`read_sets`.
 
     Returns
     -------
     list of dict
         ``test``, ``probe`` and ``text`` (scorecards), ``harmful`` and ``benign`` (counts).
     """
-    train, y, groups = probe_prompts()
-    tests = test_sets() if tests is None else tests
-    _refuse_overlap(train, [p for prompts, _ in tests.values() for p in prompts])
-    layers = default_layers(len(decoder_layers(model))) if layers is None else layers
-    probe = HarmProbe(random_state=seed).fit(extract_activations(model, tokenizer, train, layers=layers, cache=cache, progress="training prompts").concatenated(), y, groups=groups)
-    text = text_baseline(train, y)
+    prompts, y, groups = train
+    probe = HarmProbe(random_state=seed).fit(states.concatenated(), y, groups=groups)
+    text = text_baseline(prompts, y)
     rows = []
-    for name, (prompts, labels) in tests.items():
-        states = extract_activations(model, tokenizer, prompts, layers=layers, cache=cache, progress=name)
-        cards = {"probe": scorecard(labels, probe.predict_proba(states.concatenated())[:, 1]), "text": scorecard(labels, text.predict_proba(prompts)[:, 1])}
+    for name, (texts, labels) in tests.items():
+        cards = {"probe": probe.predict_proba(held_out[name][0].concatenated()), "text": text.predict_proba(texts)}
+        cards = {who: scorecard(labels, p[:, 1], seed=seed) for who, p in cards.items()}
         rows.append({"test": name, **cards, "harmful": int(labels.sum()), "benign": int((1 - labels).sum())})
     return rows
 
@@ -198,33 +226,26 @@ def probe_report(
     else:
         train, y, groups = probe_prompts()
     names = ([test_harmful], [test_benign]) if test_harmful else (["harmful", "strongreject"], ["twins", "everyday"])
-    tests = [sum((list(load_prompts(n, "eval" if n in PROMPT_SETS else None)["prompt"]) for n in side), []) for side in names]
-    test, y_test = sum(tests, []), np.repeat([1, 0], [len(t) for t in tests])
-    _refuse_overlap(train, test)
-
+    sides = [sum((list(load_prompts(n, "eval" if n in PROMPT_SETS else None)["prompt"]) for n in side), []) for side in names]
+    tests = {"test": (sum(sides, []), np.repeat([1, 0], [len(side) for side in sides]))}
     n_blocks = len(decoder_layers(model))
     several = default_layers(n_blocks)
-    layers = several if quick else list(range(1, n_blocks + 1))
-    states = extract_activations(model, tokenizer, train, layers=layers, progress="training prompts")
-    held_out = extract_activations(model, tokenizer, test, layers=layers, progress="test prompts")
-    rows = layer_curves(states, y, groups, {"test": (held_out, y_test)}, seed=seed)
+    states, held_out = read_sets(model, tokenizer, train, tests, several if quick else list(range(1, n_blocks + 1)))
+    rows = layer_curves(states, y, groups, held_out, seed=seed)
     best = best_layer(rows)
     card = next(r for r in rows if r["layer"] == best)["tests"]["test"]
-
-    def joined(a: Activations) -> np.ndarray:
-        return np.hstack([a.layer(layer) for layer in several])
-
-    default = HarmProbe(random_state=seed).fit(joined(states), y, groups=groups)
-    text = text_baseline(train, y)
+    default = HarmProbe(random_state=seed).fit(states.select(several).concatenated(), y, groups=groups)
+    (test, y_test), test_states = tests["test"], held_out["test"][0]
+    text = scorecard(y_test, text_baseline(train, y).predict_proba(test)[:, 1], seed=seed)
     report = {
         "layer": best,
         "test_auroc": card["auroc"],
-        "text_baseline_auroc": scorecard(y_test, text.predict_proba(test)[:, 1])["auroc"]["mean"],
+        "text_baseline_auroc": text["auroc"]["mean"],
         "recall_at_fpr": {f: card[f"recall_at_{p}_fpr"]["mean"] for f, p in (("0.01", "1%"), ("0.05", "5%"))},
         "ece": card["ece"]["mean"],
         "layers": [{k: v for k, v in r.items() if k != "tests"} | {"test_auroc": r["tests"]["test"]["auroc"]["mean"], "scorecard": r["tests"]["test"]} for r in rows],
-        "default": {"layers": several, "scorecard": scorecard(y_test, default.predict_proba(joined(held_out))[:, 1])},
-        "text_baseline": scorecard(y_test, text.predict_proba(test)[:, 1]),
+        "default": {"layers": several, "scorecard": scorecard(y_test, default.predict_proba(test_states.select(several).concatenated())[:, 1], seed=seed)},
+        "text_baseline": text,
         "shuffled_labels_auroc": shuffled_control(states.layer(best), y, groups, seed=seed),
         "n_train": len(train),
         "data": data_fingerprint(train, y),
@@ -234,9 +255,3 @@ def probe_report(
         about = {"name": name, "n_train": len(train), "scorecard": report["default"]["scorecard"], "versions": {n: version(n) for n in ("safelab", "transformers", "scikit-learn")}}
         save_probe(default, out, model=model, tokenizer=tokenizer, layers=several, data=report["data"], **about)
     return report
-
-
-def _refuse_overlap(train: list[str], test: list[str]) -> None:
-    overlap = set(train) & set(test)
-    if overlap:
-        raise ValueError(f"{len(overlap)} prompts are in both the training and the test set, such as {min(overlap)[:60]!r}: remove them")

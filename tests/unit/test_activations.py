@@ -142,7 +142,7 @@ def test_nothing_runs_past_the_deepest_layer(small, random_lora, layers, blocks_
     for number, module in enumerate([*(block.mlp for block in blocks), head]):
         module.register_forward_hook(lambda *_, number=number: runs.append(number))
     extract_activations(model, tokenizer, PROMPTS[:3], layers=layers, batch_tokens=10**6)
-    assert [runs.count(number) for number in range(5)] == [*blocks_run, 0]
+    assert [runs.count(number) for number in range(5)] == [*(2 * run for run in blocks_run), 0], "for what all share, and for the batch"
 
 
 def test_results_come_in_the_order_of_the_prompts(small):
@@ -239,6 +239,33 @@ def test_a_text_longer_than_the_context_is_refused_and_a_response_cut_to_fit(tin
     assert len(long.tokens(0)) == 64 - prompt
 
 
+@pytest.mark.parametrize(
+    "texts, starts, shared",
+    [
+        ([[1, 2, 3, 4], [1, 2, 5]], [0, 0], 2),
+        ([[1, 2, 3], [1, 2]], [0, 0], 1),  # each keeps a token of its own
+        ([[1, 2], [1, 2]], [0, 0], 1),
+        ([[7]], [0], 0),
+        ([[1, 2], [3, 4]], [0, 0], 0),
+        ([[1, 2, 3, 4], [1, 2, 3, 5]], [2, 3], 2),  # a response keeps all of its tokens
+    ],
+)
+def test_what_all_texts_begin_with(texts, starts, shared):
+    assert activations._shared(texts, starts) == shared
+
+
+@pytest.mark.parametrize("position", ["last", "mean", "all"])
+def test_texts_that_share_much_give_what_each_gives_alone(family, position):
+    model, tokenizer = family
+    prompts = [PROMPTS[0] + end for end in ("", "a", "b " * 30)] * 2  # the shared part exceeds Gemma's window
+    got = extract_activations(model, tokenizer, prompts, position=position, half=False)
+    alone = [extract_activations(model, tokenizer, [p], position=position, half=False).values for p in prompts]
+    np.testing.assert_allclose(got.values, np.concatenate(alone), rtol=0, atol=1e-4)
+    ids = render_prompts(tokenizer, prompts)
+    if position != "all":
+        np.testing.assert_allclose(got.values, [pooled(block_outputs(model, i), position) for i in ids], rtol=0, atol=1e-4)
+
+
 def test_no_batch_exceeds_its_budget_and_no_text_is_lost():
     lengths = [5, 300, 7, 7, 64, 20, 1, 33]
     batches = list(activations._batches(lengths, 100))
@@ -299,7 +326,7 @@ def test_a_cached_result_is_the_same_and_computed_once(small, home, position, mo
     first = extract_activations(model, tokenizer, PROMPTS, position=position, layers=[1, 4], cache=True)
     (file,) = home.iterdir()
     assert file.suffix == ".safetensors"
-    monkeypatch.setattr(activations, "_read_layers", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(activations, "_read", lambda *_: pytest.fail("computed again"))
     again = extract_activations(model, tokenizer, PROMPTS, position=position, layers=[1, 4], cache=True)
     for got in (first, again):
         np.testing.assert_array_equal(got.values, plain.values)

@@ -13,7 +13,22 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from safelab.experiments import DEMO_ARMS
-from safelab.plots import ARM_STYLE, new_figure, plot_demo, plot_history, plot_rates, plot_risks, save_figure
+from safelab.plots import (
+    ARM_STYLE,
+    GROUP_STYLE,
+    SERIES_STYLE,
+    new_figure,
+    plot_calibration,
+    plot_curves,
+    plot_demo,
+    plot_drift,
+    plot_history,
+    plot_intervals,
+    plot_points,
+    plot_rates,
+    plot_risks,
+    save_figure,
+)
 
 RATES = ("asr", "asr_strongreject", "over_refusal", "utility")
 
@@ -161,6 +176,69 @@ def test_risks_of_one_class_alone_are_drawn():
     plot_risks([0.1, 0.2], [0, 0], ax=ax)
     assert "harmful (n=0)" in [text.get_text() for text in ax.get_legend().get_texts()]
     _draw(figure)
+
+
+# ---------------------------------------------------------------------------------------------- probes
+
+
+def _figure_of(mean: float, n: int = 50) -> dict:
+    return {"mean": mean, "lo": mean - 0.1, "hi": mean + 0.05, "n": n}
+
+
+@pytest.mark.parametrize("places", [[1, 5, 30], ["50%", "100%", "\n"]])
+def test_curves_show_means_bands_and_counts(places):
+    rows = [{"x": p} for p in places]
+    curves = {"twins": [_figure_of(v) for v in (0.5, 0.7, 0.9)], "other": [_figure_of(v, 9) for v in (0.6, 0.6, 0.6)]}
+    figure, (ax,) = new_figure()
+    assert plot_curves(rows, "x", curves, xlabel="layer", ylabel="AUROC", chance=0.5, ax=ax) is ax
+    at = places if isinstance(places[0], int) else [0, 1, 2]
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), np.c_[at, [0.5, 0.7, 0.9]])
+    low, high = (f(ax.collections[0].get_paths()[0].vertices[:, 1]) for f in (np.min, np.max))
+    assert (low, high) == pytest.approx((0.4, 0.95))
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["twins (n=50)", "other (n=9)"]
+    if isinstance(places[0], str):
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["50%", "100%", "\\n"]
+    _draw(figure)
+
+
+def test_intervals_are_drawn_side_by_side_from_top_to_bottom():
+    rows = [{"test": "a", "probe": _figure_of(0.9), "text": _figure_of(0.5)}, {"test": "b", "probe": _figure_of(0.8), "text": _figure_of(0.4)}]
+    figure, (ax,) = new_figure()
+    assert plot_intervals(rows, "test", {"probe": "probe", "text": "words"}, xlabel="AUROC", ax=ax) is ax
+    probe, text = (line.get_xydata() for line in ax.lines)
+    assert probe[:, 0].tolist() == [0.9, 0.8] and text[:, 0].tolist() == [0.5, 0.4] and (probe[:, 1] < text[:, 1]).all()
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"] and ax.get_ylim()[0] > ax.get_ylim()[1]
+    _draw(figure)
+
+
+def test_calibration_shows_share_by_probability_with_counts():
+    figure, (ax,) = new_figure()
+    assert plot_calibration([0, 0, 0, 1, 1], [0.05, 0.05, 0.05, 0.05, 1.0], ax=ax) is ax
+    np.testing.assert_allclose(ax.lines[1].get_xydata(), [[0.05, 0.25], [1.0, 1.0]])
+    assert [t.get_text() for t in ax.texts] == ["4", "1"]
+    _draw(figure)
+
+
+def test_points_are_drawn_by_group():
+    xy, groups = np.arange(12.0).reshape(6, 2), ["harmful", "twins", "unheard of"] * 2
+    figure, (ax,) = new_figure()
+    assert plot_points(xy, groups, title="PCA", ax=ax) is ax
+    assert [c.get_offsets().data.tolist() for c in ax.collections] == [xy[k::3].tolist() for k in range(3)]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["harmful (n=2)", "twins (n=2)", "unheard of (n=2)"]
+    _draw(figure)
+
+
+def test_drift_is_drawn_by_layer_one_line_a_group():
+    rows = [{"layer": layer, "group": g, "distance": layer * k} for layer in (1, 2) for k, g in enumerate(["harmful", "twins"], 1)]
+    figure, (ax,) = new_figure()
+    plot_drift(rows, "distance", ylabel="moved", ax=ax)
+    assert [line.get_xydata().tolist() for line in ax.lines] == [[[1, 1], [2, 2]], [[1, 2], [2, 4]]]
+    _draw(figure)
+
+
+def test_series_and_groups_can_be_told_apart_without_colour():
+    assert len({marker for _, marker, _ in SERIES_STYLE}) == len({str(line) for *_, line in SERIES_STYLE}) == len(SERIES_STYLE)
+    assert len({marker for _, marker in GROUP_STYLE.values()}) == len(GROUP_STYLE)
 
 
 # --------------------------------------------------------------------------------------------- on disk
