@@ -36,9 +36,9 @@ class AlignmentRecipe:
     rank: int = 8
     opening_tokens: int = 8  # of each response that is learned: whether to refuse is decided there
     held_tokens: int = 32  # of each text on which the model is held to the unaligned one
-    sharpen_share: float = 0.35  # of the examples, for the second stage
+    sharpen_share: float = 0.6  # of the examples, for the second stage
     sharpen_rate: float = 5e-4
-    sharpen_hold: float = 0.5  # beta of benign openings there (their alpha is 1 - beta)
+    sharpen_hold: float = 0.7  # beta of benign openings there (their alpha is 1 - beta)
     seed: int = 0
 
 
@@ -108,7 +108,7 @@ def _cached(key: list, make) -> list:
 def align(output: str | Path, recipe: AlignmentRecipe | None = None) -> Path:
     """Make the safe adapter for the embedded model -> ``output``, a PEFT adapter folder with ``recipe.json``.
 
-    About 20 minutes on two cores. Raises FileExistsError if ``output`` is there already.
+    About 25 minutes on two cores. Raises FileExistsError if ``output`` is there already.
     """
     import torch
     from safetensors.torch import load_file, save_file
