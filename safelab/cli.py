@@ -10,6 +10,9 @@ import sys
 import warnings
 from pathlib import Path
 
+FIRST = os.environ.get("RANK", "0") == "0"
+"""Whether this is the only or the first of the processes that ``accelerate launch`` starts: the one that writes and prints."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -18,15 +21,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result, text = args.run(args)
     except KeyboardInterrupt:
-        kept = "; what was finished is kept, so run the same command again to go on" if args.command in ("demo", "compare") else "; nothing was written"
-        print(f"\nstopped{kept}", file=sys.stderr)
+        again = "what was finished is kept, so run the same command again to go on"
+        kept = {"demo": again, "compare": again, "train": again.replace("again", "with --resume")}.get(args.command, "nothing was written")
+        print(f"\nstopped; {kept}", file=sys.stderr)
         return 1
     except (ValueError, RuntimeError, OSError) as error:
         if args.debug:
             raise
         print(f"safelab: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(result) if args.json else text)
+    if FIRST:
+        print(json.dumps(result) if args.json else text)
     return 0 if result.get("passed", True) else 1
 
 
@@ -65,13 +70,33 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--out", type=Path, help="folder to save the default probe in, with its scorecard")
     probe.add_argument("--seed", type=int, default=0)
 
-    train = command("train", _train, "fine-tune on your own pairs under a defence; writes a PEFT adapter")
+    of_critics = argparse.ArgumentParser(add_help=False)
+    of_critics.add_argument("--guard-format", default="llama-guard", help="llama-guard (default), shieldgemma or wildguard")
+    of_critics.add_argument("--base-url", default=None, metavar="URL", help="for judge: an OpenAI-compatible endpoint; its key comes from $SAFELAB_JUDGE_KEY")
+    of_critics.add_argument("--judge-model", default=None, metavar="NAME", help="for judge: the model's name there")
+    of_critics.add_argument("--on-failure", default="risky", choices=("raise", "risky", "skip"), help="for judge: what an example without a verdict is (default risky)")
+    of_critics.add_argument("--max-calls", type=int, default=None, help="for judge: budget on calls")
+    of_critics.add_argument("--max-tokens", type=int, default=None, help="for judge: budget on tokens")
+    of_critics.add_argument("--price", type=float, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"), help="for judge: cost of a million tokens")
+
+    train = command("train", _train, "fine-tune on your own pairs under a defence; writes a PEFT adapter or a merged model", of_critics)
     train.add_argument("--data", required=True, metavar="F", help=".jsonl or .csv with prompt and response")
-    train.add_argument("--defense", default="adaptive-probe", help="sft, constant-kl or adaptive-probe (default)")
-    train.add_argument("--model", default=None)
+    train.add_argument("--defense", default="adaptive-probe", help="sft, constant-kl, adaptive-probe (default) or another of safelab.defenses")
+    train.add_argument("--critic", default=None, choices=CRITICS, help="whose risk an adaptive defence goes by (default: its own)")
+    train.add_argument("--critic-model", default=None, metavar="NAME", help="the model behind the critic")
+    train.add_argument("--model", default=None, help="the safe model to start from (default: the embedded one)")
     train.add_argument("--out", required=True, type=Path)
+    train.add_argument("--resume", action="store_true", help="go on where an interrupted run into --out stopped; the options must be the same")
+    train.add_argument("--merge", action="store_true", help="write a whole model with the adapter merged in")
     train.add_argument("--epochs", type=int, default=3)
     train.add_argument("--learning-rate", type=float, default=2e-4)
+    train.add_argument("--batch-size", type=int, default=8, help="examples a step on each process (default 8)")
+    train.add_argument("--rank", type=int, default=16, help="of LoRA (default 16)")
+    train.add_argument("--precision", default="bf16", choices=("bf16", "fp16", "fp32"))
+    train.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, keep fewer")
+    train.add_argument("--save-steps", type=int, default=50, help="steps between checkpoints (default 50)")
+    train.add_argument("--measure-every", type=int, default=None, metavar="N", help="measure ASR and utility on a small set every N steps")
+    train.add_argument("--stop-above", type=float, default=None, metavar="ASR", help="with --measure-every: stop when the ASR is above this, in 0..1")
     train.add_argument("--seed", type=int, default=0)
 
     compare = command("compare", _compare, "attacks against defences under one budget: a table with seeds and intervals, and its figures")
@@ -96,16 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     align.add_argument("--out", type=Path, required=True, help="folder for the adapter")
     align.add_argument("--seed", type=int, default=0)
 
-    from_critics = argparse.ArgumentParser(add_help=False)
+    from_critics = argparse.ArgumentParser(add_help=False, parents=[of_critics])
     from_critics.add_argument("--critic", default="classifier", choices=CRITICS, help="default classifier, the embedded one")
     from_critics.add_argument("--model", default=None, help="the model behind a probe, classifier, local-judge or guard")
-    from_critics.add_argument("--guard-format", default="llama-guard", help="llama-guard (default), shieldgemma or wildguard")
-    from_critics.add_argument("--base-url", default=None, metavar="URL", help="for judge: an OpenAI-compatible endpoint; its key comes from $SAFELAB_JUDGE_KEY")
-    from_critics.add_argument("--judge-model", default=None, metavar="NAME", help="for judge: the model's name there")
-    from_critics.add_argument("--on-failure", default="risky", choices=("raise", "risky", "skip"), help="for judge: what an example without a verdict is (default risky)")
-    from_critics.add_argument("--max-calls", type=int, default=None, help="for judge: budget on calls")
-    from_critics.add_argument("--max-tokens", type=int, default=None, help="for judge: budget on tokens")
-    from_critics.add_argument("--price", type=float, nargs=2, default=(0.0, 0.0), metavar=("IN", "OUT"), help="for judge: cost of a million tokens")
     from_critics.add_argument("--dry-run", action="store_true", help="for judge: print calls, tokens and cost, and ask nothing")
     from_critics.add_argument("--seed", type=int, default=0)
 
@@ -118,6 +136,11 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--out", type=Path, default=Path("audit"), help="folder for the report; a stopped audit goes on there (default audit)")
     audit.add_argument("--threshold", type=float, default=0.5, help="risk from which an example is risky (default 0.5)")
     audit.add_argument("--allowed", type=float, default=0.05, help="share of risky examples that passes (default 0.05)")
+
+    bench = command("bench", _bench, "what a training step costs, beside plain fine-tuning and the public design")
+    bench.add_argument("--steps", type=int, default=20, help="timed steps of each arm (default 20)")
+    bench.add_argument("--model", default=None)
+    bench.add_argument("--seed", type=int, default=0)
 
     lab = command("lab", _lab, "open the notebooks in JupyterLab")
     lab.add_argument("--port", type=int, default=8888)
@@ -177,24 +200,68 @@ def _train(args) -> tuple[dict, str]:
 
     from safelab.datasets import read_pair_file
     from safelab.defenses import DEFENSES
-    from safelab.experiments import Budget, fine_tune, fingerprint, versions
-    from safelab.sources import atomic_dir
+    from safelab.experiments import Budget, Suite, fine_tune, fingerprint, versions
+    from safelab.models import SAFE
+    from safelab.output import DONE, save_result
 
     if args.defense not in DEFENSES:
         raise ValueError(f"no defence {args.defense!r}: there are {', '.join(DEFENSES)}")
-    if args.out.exists():
-        raise ValueError(f"{args.out} exists: give another folder, or remove it first")
+    if args.critic and not hasattr(DEFENSES[args.defense], "default_critic"):
+        raise ValueError(f"--defense {args.defense} asks no critic: leave --critic out")
+    if args.stop_above is not None and args.measure_every is None:
+        raise ValueError("--stop-above needs --measure-every")
+    if FIRST and args.out.exists() and not args.resume:
+        raise ValueError(f"{args.out} exists: go on there with --resume, give another folder, or remove it first")
+    if (args.out / DONE).is_file():
+        return json.loads((args.out / DONE).read_text(encoding="utf-8")), f"{args.out} is finished already"
     rows = [{"prompt": r["prompt"], "response": r["response"]} for r in read_pair_file(args.data)]
     data = Dataset.from_list(rows[:16] if args.quick else rows)
+    budget = Budget(args.learning_rate, 1 if args.quick else args.epochs, args.batch_size, args.rank)
     model, tokenizer = _model(args)
-    budget = Budget(args.learning_rate, 1 if args.quick else args.epochs)
-    with atomic_dir(args.out) as folder:
-        tuned, about = fine_tune(model, tokenizer, data, DEFENSES[args.defense](), args.seed, budget, output=folder)
-        tuned.save_pretrained(folder)
-        result = {"defense": args.defense, "data": fingerprint(data), "examples": len(data), "seed": args.seed, "versions": versions(), **about}
-        (folder / "training.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    result["out"] = str(args.out)
-    return result, f"adapter in {args.out}: {len(data)} examples, {about['step_seconds']:.2f} s a step"
+    critic = {"critic": _critic(argparse.Namespace(**vars(args) | {"model": args.critic_model, "dry_run": False}))} if args.critic else {}
+    options = {k: v for k, v in vars(args).items() if k not in ("run", "json", "debug", "resume", "out", "command", "data")}
+    options = json.loads(json.dumps(options | {"data": fingerprint(data)}, default=str))
+    if FIRST:
+        check_same(args.out / "options.json", options)
+    suite = Suite(harmful=24, strongreject=0, benign=24, task=100)
+
+    def measure(net) -> dict[str, float]:
+        flags = suite.measure(net, tokenizer)
+        return {k: sum(flags[k]) / len(flags[k]) for k in ("asr", "over_refusal", "utility")}
+
+    tuned, about = fine_tune(
+        model, tokenizer, data, DEFENSES[args.defense](**critic), args.seed, budget, output=args.out, resumable=True,
+        monitor=dict(measure=measure, every=args.measure_every, stop_above={"asr": args.stop_above} if args.stop_above is not None else {}) if args.measure_every else None,
+        bf16=args.precision == "bf16", fp16=args.precision == "fp16", gradient_checkpointing=args.gradient_checkpointing,
+        save_strategy="steps", save_steps=args.save_steps, save_total_limit=2, signals_file=str(args.out / "signals.jsonl"),
+    )  # fmt: skip
+    result = {"defense": args.defense, "critic": args.critic, "model": str(args.model or SAFE), "data": options["data"], "examples": len(data),
+              "seed": args.seed, "options": options, "versions": versions(), **about}  # fmt: skip
+    if FIRST:
+        result = save_result(tuned, tokenizer, args.out, result, merge=args.merge) | {"out": str(args.out)}
+    stopped = f"\n{about['stopped']}" if about.get("stopped") else ""
+    return result, f"{'model' if args.merge else 'adapter'} in {args.out}: {len(data)} examples, {about['step_seconds'] or 0:.2f} s a step{stopped}"
+
+
+def check_same(file: Path, options: dict) -> None:
+    """Keep the options of a run, or, where it goes on, raise ValueError for those that have changed."""
+    from safelab.sources import write_atomic
+
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [f"{k} was {before.get(k)!r} and is {v!r}" for k, v in options.items() if before.get(k) != v]
+        if changed:
+            raise ValueError(f"{file.parent} was begun with other options: {'; '.join(changed)}")
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, (json.dumps(options, indent=1) + "\n").encode())
+
+
+def _bench(args) -> tuple[dict, str]:
+    from safelab.bench import bench_table, run_bench
+
+    result = run_bench(steps=args.steps, quick=args.quick, seed=args.seed, model=args.model)
+    return result, bench_table(result)
 
 
 def _compare(args) -> tuple[dict, str]:

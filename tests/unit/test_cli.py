@@ -17,7 +17,7 @@ from safelab.datasets import DataError
 from safelab.experiments import DEMO_ARMS, Budget
 
 ROOT = Path(safelab.__file__).parents[1]
-COMMANDS = ("demo", "probe", "train", "evaluate", "align", "lab")
+COMMANDS = ("demo", "probe", "train", "evaluate", "align", "bench", "lab")
 PAIRS = [{"prompt": f"How do I bake bread number {i}?", "response": f"Mix flour and water, wait {i} hours."} for i in range(20)]
 
 
@@ -239,13 +239,56 @@ def _fails_half_way(error):
     return fine_tune
 
 
-@pytest.mark.parametrize("error, said", [(RuntimeError("out of memory"), "safelab: out of memory"), (KeyboardInterrupt(), "stopped")])
-def test_a_training_that_ends_half_way_leaves_nothing(tmp_path, pairs, saved_model, run, monkeypatch, error, said):
-    monkeypatch.setattr("safelab.experiments.fine_tune", _fails_half_way(error))
-    before = _contents(tmp_path)
-    code, out, err = run("train", *_options(data=pairs, model=saved_model("llama3"), out=tmp_path / "adapter"))
-    assert (code, out) == (1, "") and said in err
-    assert _contents(tmp_path) == before
+@pytest.mark.parametrize("error, said", [(RuntimeError("out of memory"), "safelab: out of memory"), (KeyboardInterrupt(), "with --resume")])
+def test_a_training_that_ends_half_way_is_not_finished_and_can_go_on(tmp_path, pairs, saved_model, run, monkeypatch, error, said):
+    out = tmp_path / "adapter"
+    options = _options(data=pairs, model=saved_model("llama3"), out=out, defense="sft")
+    with monkeypatch.context() as patch:
+        patch.setattr("safelab.experiments.fine_tune", _fails_half_way(error))
+        code, text, err = run("train", *options, "--quick")
+    assert (code, text) == (1, "") and said in err
+    assert not (out / "training.json").exists()
+
+    code, _, err = run("train", *options, "--quick")
+    assert code == 1 and "--resume" in err
+    code, _, err = run("train", *options, "--quick", "--resume", "--learning-rate", 0.5)
+    assert code == 1 and "learning_rate was 0.0002 and is 0.5" in err
+    code, _, err = run("train", *options, "--quick", "--resume")
+    assert code == 0, err
+    code, text, _ = run("train", *options, "--quick", "--resume")
+    assert code == 0 and "finished already" in text
+
+
+def test_merged_the_result_is_a_whole_model(tmp_path, pairs, prompts, saved_model, run):
+    out = tmp_path / "model"
+    code, _, err = run("train", *_options(data=pairs, model=saved_model("llama3"), out=out, defense="sft"), "--quick", "--merge")
+    assert code == 0, err
+    assert not (out / "adapter_config.json").exists()
+    code, _, err = run("evaluate", *_options(prompts=prompts, model=out))
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    "more, said", [(["--critic", "patterns"], "asks no critic"), (["--stop-above", 0.05], "needs --measure-every"), (["--defense", "none"], "there are sft")]
+)
+def test_options_of_a_training_that_do_not_fit_are_refused(more, said, tmp_path, pairs, saved_model, run):
+    code, _, err = run("train", *_options(data=pairs, model=saved_model("llama3"), out=tmp_path / "x", defense="sft"), *more)
+    assert code == 1 and said in err and not (tmp_path / "x").exists()
+
+
+def test_bench_prints_its_table_and_its_json(run, monkeypatch):
+    spread = {"median": 1.0, "q1": 0.9, "q3": 1.1, "n": 3}
+    made_up = {
+        "ratios": {"adaptive_cached/trl_sft": 0.5}, "medians": {"trl_sft": 2.0, "adaptive_cached": 1.0}, "spread": dict.fromkeys(("trl_sft", "adaptive_cached"), spread),
+        "memory_mb": {"trl_sft": 3000}, "cache": {"seconds_per_example": 0.05, "paid_back_after_epochs": 0.5},
+        "head": {"tokens": 8, "width": 4, "vocabulary": 100, "moments": {"seconds": 1.0, "extra_gb": 0.1}, "reference_states": {"seconds": 2.0, "extra_gb": 0.2}},
+        "targets": {"adaptive_cached/trl_sft": 0.75}, "met": {"adaptive_cached/trl_sft": True},
+    }  # fmt: skip
+    monkeypatch.setattr("safelab.bench.run_bench", lambda **_: made_up)
+    code, text, _ = run("bench", "--json")
+    assert code == 0 and json.loads(text) == made_up
+    _, text, _ = run("bench")
+    assert "| trl_sft | 2.000 | 0.900 to 1.100 | 0.50 | 3000 |" in text and "met: adaptive_cached/trl_sft <= 0.75" in text
 
 
 def test_evaluate_counts_the_refusals_of_the_prompts_it_was_given(prompts, saved_model, run, monkeypatch):
