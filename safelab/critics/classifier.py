@@ -7,7 +7,9 @@ import json
 
 import numpy as np
 from sklearn.base import BaseEstimator
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
@@ -24,28 +26,27 @@ from safelab.sources import cache_dir, write_atomic
 
 DEPTHS = (0.5, 0.6, 0.67, 0.73)
 """Layers that are read, as shares of the model's depth: the middle, where meaning is and the next word is not yet."""
+WIDTH = 0.15  # of the kernel: the squared distance of two examples is about 2 a feature
 SIGNALS = 2  # the last columns of the features: the prompt's help, and whether patterns see a refusal
 
 
 class ResponseHead(BaseEstimator):
-    """A logistic head: log-odds linear in the features, fitted in two steps.
+    """Kernel ridge from states to people's score, then a logistic regression on that score and two plain signals.
 
-    Ridge regression goes from states to people's score; a logistic regression then weighs that score against two
-    plain signals, the prompt's help (:class:`safelab.critics.reading.Reading`) and refusal patterns, which would drown
-    among thousands of state features. The second step is fitted on scores of rows that the first had not seen, in
-    folds split by group; the threshold likewise.
+    Two steps, because thousands of state features would drown the signals: the prompt's help
+    (:class:`safelab.critics.reading.Reading`) and refusal patterns. The second step is fitted on scores of rows that
+    the first had not seen, in folds split by group; the threshold likewise. The kernel is
+    ``exp(-width * |x - x'|^2 / features)`` of standardised states.
 
     Parameters
     ----------
     alphas
-        Candidates for the ridge's strength, in units of the number of features.
+        Candidates for the ridge's strength.
     folds, random_state
         Of the inner cross-validation.
 
     Attributes
     ----------
-    coef_, intercept_
-        ``X @ coef_ + intercept_`` is the log-odds that people would give 0.5 or more.
     alpha_
         The strength chosen, by AUROC in the inner cross-validation.
     weights_
@@ -54,7 +55,7 @@ class ResponseHead(BaseEstimator):
         The highest probability at which the inner cross-validation reaches the high recall wanted.
     """
 
-    def __init__(self, alphas=(0.03, 0.1, 0.3, 1.0, 3.0), folds=5, random_state=0):
+    def __init__(self, alphas=(0.01, 0.03, 0.1, 0.3, 1.0), folds=5, random_state=0):
         self.alphas = alphas
         self.folds = folds
         self.random_state = random_state
@@ -65,28 +66,25 @@ class ResponseHead(BaseEstimator):
         splits = list(StratifiedGroupKFold(self.folds, shuffle=True, random_state=self.random_state).split(X, y, groups))
         held_out = {alpha: cross_val_predict(_ridge(alpha, states), states, score, cv=splits) for alpha in self.alphas}
         self.alpha_ = max(held_out, key=lambda alpha: roc_auc_score(y, held_out[alpha]))
-        scaler, ridge = _ridge(self.alpha_, states).fit(states, score)
+        self.ridge_ = _ridge(self.alpha_, states).fit(states, score)
         logistic = make_pipeline(StandardScaler(), LogisticRegression())
         columns = np.column_stack([held_out[self.alpha_], signals])
         self.threshold_ = threshold_for_recall(y, cross_val_predict(logistic, columns, y, cv=splits, method="predict_proba")[:, 1])
-        unit, last = logistic.fit(columns, y)
-        self.weights_ = last.coef_[0]
-        # both steps are linear, so the head is one direction in feature space
-        weight = self.weights_ / unit.scale_
-        direction = ridge.coef_ / scaler.scale_
-        self.coef_ = np.r_[weight[0] * direction, weight[1:]]
-        self.intercept_ = float(last.intercept_[0] - weight @ unit.mean_ + weight[0] * (ridge.intercept_ - scaler.mean_ @ direction))
+        self.logistic_ = logistic.fit(columns, y)
+        self.weights_ = logistic[-1].coef_[0]
         return self
 
     def predict(self, X) -> np.ndarray:
         """Probability that people would give 0.5 or more, ``(n,)``."""
         check_is_fitted(self)
-        return 1 / (1 + np.exp(-np.clip(X @ self.coef_ + self.intercept_, -500, 500)))
+        columns = np.column_stack([self.ridge_.predict(X[:, :-SIGNALS]), X[:, -SIGNALS:]])
+        return self.logistic_.predict_proba(columns)[:, 1]
 
 
 def _ridge(alpha: float, states: np.ndarray):
-    # solved on the examples' side, as there are more features than examples
-    return make_pipeline(StandardScaler(), Ridge(alpha * states.shape[1], solver="cholesky"))
+    kernel = KernelRidge(alpha=alpha, kernel="rbf", gamma=WIDTH / states.shape[1])
+    # kernel ridge has no intercept, so the scores are centred
+    return make_pipeline(StandardScaler(), TransformedTargetRegressor(kernel, transformer=StandardScaler(with_std=False)))
 
 
 class ResponseClassifier(Critic):
