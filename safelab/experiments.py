@@ -214,6 +214,8 @@ def kept_data(file: Path, make: Callable[[], Dataset]) -> Dataset:
 
 DEMO_ARMS = ("initial", "sft", "constant-kl", "adaptive-probe")
 DEMO_EXAMPLES = 800
+QUICK_DEMO_EXAMPLES = 480
+"""With fewer, plain fine-tuning has not yet lost its refusals, and there is no story to tell."""
 DEMO_BETA = 0.5
 """The fixed beta of the constant-kl arm, half and half; benchmarks/constant_kl_sweep.py looks for a better one."""
 
@@ -236,7 +238,7 @@ def run_demo(
     model = model or SAFE
     budget = Budget()
     suite = Suite(harmful=24, strongreject=12, benign=24, task=100) if quick else Suite()
-    share, n = 0.1, 240 if quick else DEMO_EXAMPLES
+    share, n = 0.1, QUICK_DEMO_EXAMPLES if quick else DEMO_EXAMPLES
     cells = [(arm, seed) for seed in seeds for arm in arms]
     rows = []
     for (arm, seed), left in with_time_left(cells):

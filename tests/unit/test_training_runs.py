@@ -175,7 +175,10 @@ def test_a_run_that_was_killed_ends_as_if_nothing_had_happened(step, folder, und
     resumed = run(folder, tmp_path)
     assert resumed.state.global_step == 12
     assert difference(trainable(resumed.model), undisturbed[0]) < 1e-6
-    assert lines(tmp_path / "signals.jsonl") == undisturbed[1]
+    found, expected = lines(tmp_path / "signals.jsonl"), undisturbed[1]
+    assert [(row["step"], row["index"]) for row in found] == [(row["step"], row["index"]) for row in expected]
+    for row, other in zip(found, expected):
+        assert row == pytest.approx(other, abs=2e-6)  # two processes may round the sixth decimal differently
 
 
 class Stop(TrainerCallback):
