@@ -237,7 +237,7 @@ def run_demo(
     started = time.monotonic()
     model = model or SAFE
     budget = Budget()
-    suite = Suite(harmful=24, strongreject=12, benign=24, task=100) if quick else Suite()
+    suite = Suite(harmful=40, strongreject=20, benign=40, task=200) if quick else Suite()  # as in the quickstart notebook, which reads these rows
     share, n = 0.1, QUICK_DEMO_EXAMPLES if quick else DEMO_EXAMPLES
     cells = [(arm, seed) for seed in seeds for arm in arms]
     rows = []
