@@ -10,7 +10,16 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 
 from safelab.attacks import explicit_harmful, mixture
-from safelab.datasets import PROMPT_SETS, SPLITS, load_compliance, load_everyday_answers, load_prompts, load_refusals, load_task, near_duplicates
+from safelab.datasets import (
+    PROMPT_SETS,
+    SPLITS,
+    load_compliance,
+    load_everyday_answers,
+    load_prompts,
+    load_refusals,
+    load_task,
+    near_duplicates,
+)
 
 
 def texts(split, label):
