@@ -33,10 +33,10 @@ from safelab.sources import write_atomic
 
 
 def mixed_prompts(n: int, seed: int = 0) -> list[str]:
-    """Held-out prompts of one to about two hundred words: single ones, and several joined."""
-    pool = [p for name in ("everyday", "harmful", "strongreject", "advbench") for p in load_prompts(name, "eval")["prompt"]]
+    """Held-out prompts as the library reads them: ours, everyday ones and two benchmarks', as many of each."""
     rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(pool, size=rng.choice([1, 1, 1, 1, 2, 4, 8]))) for _ in range(n)]
+    pools = [rng.permutation(load_prompts(name, "eval")["prompt"]).tolist() for name in ("everyday", "harmful", "strongreject", "advbench")]
+    return [prompt for of_each in zip(*pools) for prompt in of_each][:n]
 
 
 @torch.no_grad()
