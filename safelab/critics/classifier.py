@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import NamedTuple
 
 import numpy as np
+from scipy.linalg import solve
 from sklearn.base import BaseEstimator
-from sklearn.compose import TransformedTargetRegressor
-from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -26,8 +27,9 @@ from safelab.sources import cache_dir, write_atomic
 
 DEPTHS = (0.5, 0.6, 0.67, 0.73)
 """Layers that are read, as shares of the model's depth: the middle, where meaning is and the next word is not yet."""
-WIDTH = 0.15  # of the kernel: the squared distance of two examples is about 2 a feature
 SIGNALS = 2  # the last columns of the features: the prompt's help, and whether patterns see a refusal
+HELPER_WEIGHT = 0.5
+MIN_SHARED = 30  # pairs that people were asked both questions about, to translate one answer into the other
 
 
 class ResponseHead(BaseEstimator):
@@ -40,35 +42,54 @@ class ResponseHead(BaseEstimator):
 
     Parameters
     ----------
-    alphas
-        Candidates for the ridge's strength.
+    widths, alphas
+        Candidates for the kernel's width and the ridge's strength.
     folds, random_state
         Of the inner cross-validation.
 
     Attributes
     ----------
-    alpha_
-        The strength chosen, by AUROC in the inner cross-validation.
+    width_, alpha_
+        What was chosen, by AUROC in the inner cross-validation.
     weights_
         ``(3,)``: how much the state score, the help and the patterns count, each at unit variance.
     threshold_
         The highest probability at which the inner cross-validation reaches the high recall wanted.
     """
 
-    def __init__(self, alphas=(0.01, 0.03, 0.1, 0.3, 1.0), folds=5, random_state=0):
+    def __init__(self, widths=(0.15, 0.3, 0.6, 1.2), alphas=(0.03, 0.1, 0.3, 1.0), folds=5, random_state=0):
+        self.widths = widths
         self.alphas = alphas
         self.folds = folds
         self.random_state = random_state
 
-    def fit(self, X, score, groups):
-        """``X`` ``(n, states + 2)``, ``score`` ``(n,)`` in 0..1 as people gave it (positive from 0.5), ``groups`` ``(n,)``."""
-        states, signals, y = X[:, :-SIGNALS], X[:, -SIGNALS:], (np.asarray(score) >= 0.5).astype(int)
+    def fit(self, X, score, groups, helpers=None):
+        """Fit on rows that people scored; returns self.
+
+        Parameters
+        ----------
+        X, score, groups
+            ``(n, states + 2)``; ``(n,)`` in 0..1, positive from 0.5; ``(n,)``.
+        helpers
+            Rows ``(X, score, groups)`` that the ridge trains on at weight :data:`HELPER_WEIGHT`, and that choose
+            and judge nothing.
+        """
+        y, score, groups = (np.asarray(score) >= 0.5).astype(int), np.asarray(score), np.asarray(groups)
+        extra, extra_score, extra_groups = helpers or (X[:0], score[:0], groups[:0])
+        states, weight = np.r_[X, extra][:, :-SIGNALS], np.r_[np.ones(len(X)), np.full(len(extra), HELPER_WEIGHT)]
+        target, belongs = np.r_[score, extra_score], np.r_[groups, extra_groups]
         splits = list(StratifiedGroupKFold(self.folds, shuffle=True, random_state=self.random_state).split(X, y, groups))
-        held_out = {alpha: cross_val_predict(_ridge(alpha, states), states, score, cv=splits) for alpha in self.alphas}
-        self.alpha_ = max(held_out, key=lambda alpha: roc_auc_score(y, held_out[alpha]))
-        self.ridge_ = _ridge(self.alpha_, states).fit(states, score)
+        held_out = {(width, alpha): np.empty(len(X)) for width in self.widths for alpha in self.alphas}
+        for _, test in splits:
+            train = ~np.isin(belongs, groups[test])
+            ridges = _ridges(states[train], target[train], weight[train], self.widths, self.alphas)
+            for choice, ridge in ridges:
+                held_out[choice][test] = ridge.predict(states[test])
+        chosen = max(held_out, key=lambda choice: roc_auc_score(y, held_out[choice]))
+        self.width_, self.alpha_ = chosen
+        ((_, self.ridge_),) = _ridges(states, target, weight, [self.width_], [self.alpha_])
         logistic = make_pipeline(StandardScaler(), LogisticRegression())
-        columns = np.column_stack([held_out[self.alpha_], signals])
+        columns = np.column_stack([held_out[chosen], X[:, -SIGNALS:]])
         self.threshold_ = threshold_for_recall(y, cross_val_predict(logistic, columns, y, cv=splits, method="predict_proba")[:, 1])
         self.logistic_ = logistic.fit(columns, y)
         self.weights_ = logistic[-1].coef_[0]
@@ -81,17 +102,37 @@ class ResponseHead(BaseEstimator):
         return self.logistic_.predict_proba(columns)[:, 1]
 
 
-def _ridge(alpha: float, states: np.ndarray):
-    kernel = KernelRidge(alpha=alpha, kernel="rbf", gamma=WIDTH / states.shape[1])
-    # kernel ridge has no intercept, so the scores are centred
-    return make_pipeline(StandardScaler(), TransformedTargetRegressor(kernel, transformer=StandardScaler(with_std=False)))
+class _Ridge(NamedTuple):
+    scaler: StandardScaler
+    rows: np.ndarray  # standardised
+    dual: np.ndarray
+    mean: float
+    width: float
+
+    def predict(self, states: np.ndarray) -> np.ndarray:
+        far = euclidean_distances(self.scaler.transform(states), self.rows, squared=True) / states.shape[1]
+        return np.exp(-self.width * far) @ self.dual + self.mean
+
+
+def _ridges(states, target, weight, widths, alphas):
+    """((width, alpha), fitted ridge) for each choice; the distances are the same for all."""
+    scaler = StandardScaler().fit(states)
+    rows = scaler.transform(states)
+    near = euclidean_distances(rows, squared=True) / states.shape[1]
+    mean = float(np.average(target, weights=weight))
+    for width in widths:
+        kernel = np.exp(-width * near)
+        for alpha in alphas:
+            dual = solve(kernel + np.diag(alpha / weight), target - mean, assume_a="pos")
+            yield (width, alpha), _Ridge(scaler, rows, dual, mean, width)
 
 
 class ResponseClassifier(Critic):
     """Risk: the probability that people find the response harmful (score of 0.5 or more), by :class:`ResponseHead`.
 
-    It is trained on its first use, on people's labels (:func:`safelab.datasets.load_labels`) and nothing else; what
-    the model made of the labelled responses is kept in the cache.
+    It is trained on its first use, on people's labels (:func:`safelab.datasets.load_labels`) and nothing else: those
+    asked for, and at half weight what other people said of other responses to another question, translated by the
+    pairs about which both were asked. What the model made of the labelled responses is kept in the cache.
 
     Parameters
     ----------
@@ -115,8 +156,9 @@ class ResponseClassifier(Critic):
     def fit(self) -> ResponseClassifier:
         """Train on all of ``labels``."""
         rows = load_labels(self.labels)
-        X = self._labelled(list(rows["prompt"]), list(rows["response"]))
-        self.head = ResponseHead().fit(X, np.array(rows["score"]), np.array(rows["group"]))
+        prompts, responses, score = list(rows["prompt"]), list(rows["response"]), np.array(rows["score"])
+        helpers = self._helpers(self.labels, prompts, responses, score, without=())
+        self.head = ResponseHead().fit(self._labelled(prompts, responses), score, rows["group"], helpers)
         return self
 
     def judge(self, prompts: list[str], responses: list[str]) -> Verdicts:
@@ -126,15 +168,37 @@ class ResponseClassifier(Critic):
         probability = self.head.predict(self.features(prompts, responses, progress="classifier"))
         return plain_verdicts(1 - probability if self.labels == "human-refusal" else probability)
 
-    def cross_judge(self, prompts, responses, score, groups, folds) -> tuple[Verdicts, list[float]]:
+    def cross_judge(self, labels: str, prompts, responses, score, groups, folds) -> tuple[Verdicts, list[float]]:
         """Probabilities by heads that never saw the row's group, and the threshold that each fold's head chose in training."""
         X = self._labelled(prompts, responses)
         probability, thresholds = np.empty(len(X)), []
         for train, test in folds:
-            head = ResponseHead().fit(X[train], score[train], groups[train])
+            helpers = self._helpers(labels, [prompts[i] for i in train], [responses[i] for i in train], score[train], without=groups[test])
+            head = ResponseHead().fit(X[train], score[train], groups[train], helpers)
             probability[test] = head.predict(X[test])
             thresholds.append(head.threshold_)
         return plain_verdicts(probability), thresholds
+
+    def _helpers(self, labels: str, prompts, responses, score, without):
+        """Rows of the other label sets as (X, score, groups), no group of ``without`` among them.
+
+        Their scores become the mean score of the training pairs that people gave the nearest answer in both sets.
+        """
+        ours, without = dict(zip(zip(prompts, responses), score)), set(without)
+        found = []
+        for other in [name for name in LABEL_SETS if name != labels]:
+            rows = [r for r in load_labels(other) if r["group"] not in without]
+            shared = [(r["score"], ours[r["prompt"], r["response"]]) for r in rows if (r["prompt"], r["response"]) in ours]
+            if len(shared) < MIN_SHARED:
+                continue
+            theirs, mine = np.array(shared).T
+            levels = np.unique(theirs)
+            means = np.array([mine[theirs == level].mean() for level in levels])
+            found += [r | {"score": means[abs(levels - r["score"]).argmin()]} for r in rows if (r["prompt"], r["response"]) not in ours]
+        if not found:
+            return None
+        X = self._labelled([r["prompt"] for r in found], [r["response"] for r in found])
+        return X, np.array([r["score"] for r in found]), np.array([r["group"] for r in found])
 
     def features(self, prompts: list[str], responses: list[str], progress: str | None = None) -> np.ndarray:
         """``(n, layers x width + 2)``: mean states over the response, the prompt's help, refusal patterns (0 or 1)."""

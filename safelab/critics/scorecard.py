@@ -47,7 +47,7 @@ def critic_eval(critic, name: str, *, seed: int = 0, limit: int | None = None) -
     folds = outer_folds(y, groups, seed)
 
     if hasattr(critic, "cross_judge"):
-        verdicts, thresholds = critic.cross_judge(prompts, responses, human, groups, folds)
+        verdicts, thresholds = critic.cross_judge(name, prompts, responses, human, groups, folds)
         scores = verdicts.risk
     else:
         verdicts = critic.judge(prompts, responses)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
 
 from safelab.critics import ResponseClassifier, classifier, scorecard
 from safelab.critics.classifier import ResponseHead, fingerprint
@@ -101,31 +103,41 @@ def test_the_head_finds_the_columns_that_tell(column, settings):
     assert roc_auc_score(score[160:] >= 0.5, head.predict(X[160:])) > 0.85
 
 
-def test_the_first_step_is_kernel_ridge_in_float64():
+def test_the_first_step_is_kernel_ridge():
+    """With weights it is scikit-learn's, on centred scores."""
     X, score, groups = _rows()
-    head = ResponseHead(alphas=(0.1,)).fit(X, score, groups)
+    head = ResponseHead(widths=(0.3,), alphas=(0.1,)).fit(X[:120], score[:120], groups[:120], (X[120:], score[120:], groups[120:]))
     new, _, _ = _rows(seed=1)
-    mean, std = X[:, :-2].mean(0), X[:, :-2].std(0)
-    a, b = (X[:, :-2] - mean) / std, (new[:, :-2] - mean) / std
+    scaler = StandardScaler().fit(X[:, :-2])
+    weight = np.repeat([1, classifier.HELPER_WEIGHT], [120, 40])
+    mean = np.average(score, weights=weight)
+    ridge = KernelRidge(alpha=0.1, kernel="rbf", gamma=0.3 / 40).fit(scaler.transform(X[:, :-2]), score - mean, sample_weight=weight)
+    np.testing.assert_allclose(head.ridge_.predict(new[:, :-2]), ridge.predict(scaler.transform(new[:, :-2])) + mean, atol=1e-6)
 
-    def kernel(u, v):
-        return np.exp(-classifier.WIDTH / u.shape[1] * ((u[:, None] - v[None]) ** 2).sum(-1))
 
-    weights = np.linalg.solve(kernel(a, a) + 0.1 * np.eye(len(a)), score - score.mean())
-    np.testing.assert_allclose(head.ridge_.predict(new[:, :-2]), kernel(b, a) @ weights + score.mean(), atol=1e-8)
+def test_helpers_of_a_groups_own_do_not_help_to_judge_it(monkeypatch):
+    """Copies of all rows, as helpers, would give every answer away if they trained the fold that holds their originals."""
+    X, score, groups = _rows(width=300, state=0.0)
+    seen = []
+    real = classifier._ridges
+    monkeypatch.setattr(classifier, "_ridges", lambda states, *a: seen.append(states) or real(states, *a))
+    head = ResponseHead(widths=(0.3,), alphas=(1e-6,)).fit(X, score, groups, (X, score, groups))
+    assert len(seen) == 6 and len(seen[-1]) == 320 and all(len(np.unique(s, axis=0)) <= 160 * 0.85 for s in seen[:-1])
+    new, s, _ = _rows(width=300, state=0.0, seed=1)
+    assert (head.predict(new) >= head.threshold_)[s >= 0.5].mean() > 0.85
 
 
 def test_the_threshold_comes_from_rows_the_ridge_had_not_seen():
     """On noise the ridge fits its own rows perfectly; a threshold from those would let nothing new pass."""
     X, score, groups = _rows(width=400, state=0.0)
-    head = ResponseHead(alphas=(1e-9,)).fit(X, score, groups)
+    head = ResponseHead(widths=(0.3,), alphas=(1e-9,)).fit(X, score, groups)
     new, s, _ = _rows(width=400, state=0.0, seed=1)
     assert (head.predict(new) >= head.threshold_)[s >= 0.5].mean() > 0.85
 
 
 def test_the_strength_is_chosen_inside():
     X, score, groups = _rows(width=200, state=0.3)
-    assert ResponseHead(alphas=(1e-9, 1.0)).fit(X, score, groups).alpha_ == 1.0
+    assert ResponseHead(widths=(1.0,), alphas=(1e-9, 1.0)).fit(X, score, groups).alpha_ == 1.0
 
 
 # ---------------------------------------------------------------------------------------- classifier
@@ -181,18 +193,31 @@ def test_no_fold_is_judged_by_a_head_that_saw_its_groups(labels, tiny, monkeypat
     seen = []
 
     class Watching(ResponseHead):
-        def fit(self, X, score, groups):
-            seen.append(set(groups))
-            return super().fit(X, score, groups)
+        def fit(self, X, score, groups, helpers=None):
+            seen.append(set(groups) | set(helpers[2] if helpers else ()))
+            return super().fit(X, score, groups, helpers)
 
     monkeypatch.setattr(classifier, "ResponseHead", Watching)
     y, groups = np.array([r["label"] for r in labels]), np.array([r["group"] for r in labels])
     folds = outer_folds(y, groups)
     critic = ResponseClassifier(*tiny)
-    critic.cross_judge([r["prompt"] for r in labels], [r["response"] for r in labels], np.array([r["score"] for r in labels]), groups, folds)
+    critic.cross_judge("human-harm", [r["prompt"] for r in labels], [r["response"] for r in labels], np.array([r["score"] for r in labels]), groups, folds)
     assert len(seen) == len(folds)
     for trained, (_, test) in zip(seen, folds):
         assert not trained & set(groups[test])
+
+
+def test_another_questions_labels_are_translated_by_the_pairs_asked_both(labels, tiny, monkeypatch):
+    other = [row | {"score": float(i % 2), "group": row["group"] + 1000 * (i >= 60), "response": row["response"] + " more" * (i >= 60)} for i, row in enumerate(labels)]
+    sets = {"human-harm": labels, "human-objective": other, "human-refusal": other[:10]}
+    monkeypatch.setattr(classifier, "load_labels", lambda name: Dataset.from_list(sets[name]))
+    critic = ResponseClassifier(*tiny)
+    texts = [r["prompt"] for r in labels], [r["response"] for r in labels]
+    score = np.array([r["score"] for r in labels])
+    X, translated, groups = critic._helpers("human-harm", *texts, score, without=[0, 1, other[-1]["group"]])
+    assert len(X) == len(translated) == 18 and set(groups) == {r["group"] for r in other[60:78]}
+    expected = [np.mean([s for s, o in zip(score[4:60], other[4:60]) if o["score"] == level]) for level in (0, 1)]
+    assert translated.tolist() == [expected[int(r["score"])] for r in other[60:78]]
 
 
 def test_labels_that_say_nothing_give_chance(labels, tiny):
