@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -33,10 +34,19 @@ STYLE = {
 }
 
 
+class ShownFigure(Figure):
+    """A figure that a notebook shows as it is: only pyplot would teach the notebook to draw a plain one."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", bbox_inches="tight", dpi=STYLE["figure.dpi"])
+        return buffer.getvalue()
+
+
 def new_figure(width: float = 7.0, height: float = 4.0, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """An empty figure in the project's style (no pyplot, so it is safe in threads)."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = ShownFigure(figsize=(width, height), layout="constrained")
         axes = figure.subplots(1, columns, squeeze=False)[0]
     return figure, list(axes)
 

@@ -22,6 +22,8 @@ def test_runs_in_quick_mode(path, tmp_path):
     notebook = in_quick_mode(nbformat.read(path, as_version=4))
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     assert all(c.execution_count for c in notebook.cells if c.cell_type == "code")
+    shown = [o.data for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+    assert not [data for data in shown if "Figure" in data.get("text/plain", "") and "image/png" not in data], "a figure that is not drawn"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 
@@ -242,6 +243,12 @@ def test_series_and_groups_can_be_told_apart_without_colour():
 
 
 # --------------------------------------------------------------------------------------------- on disk
+
+def test_a_notebook_shows_a_figure_without_pyplot():
+    png = new_figure()[0]._repr_png_()
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.format == "PNG" and min(image.size) > 200
+
 
 ALT = 'Four panels; "adaptive" keeps 5 %, naïve tuning 80 %.'
 
