@@ -2,9 +2,9 @@
 
 Harmful prompts get the opening of a refusal. Only openings are learned: with whole responses nearly all of the loss is
 in the wording of refusals, and the one decision that matters is not learned. Benign prompts, twins of the harmful ones among
-them, get texts drawn from the unaligned model itself and are held to it by KL alone: taught to repeat its likeliest answers
-instead, it would come to find any other wording unlikely (a perplexity three times as high). A second, short stage
-sharpens the decision: there the openings of benign answers are learned as well.
+them, get the opening of the model's own answer, which makes that decision sharp, and, as examples of their own, longer texts
+drawn from the unaligned model, on which the model is held to it by KL alone: taught its likeliest openings and nothing else,
+it would come to find any other wording unlikely (a perplexity three times as high).
 """
 
 from __future__ import annotations
@@ -35,41 +35,42 @@ class AlignmentRecipe:
     batch_size: int = 8
     rank: int = 8
     opening_tokens: int = 8  # of each response that is learned: whether to refuse is decided there
+    opening_hold: float = 0.3  # beta of benign openings (their alpha is 1 - beta)
     held_tokens: int = 32  # of each text on which the model is held to the unaligned one
-    sharpen_share: float = 0.6  # of the examples, for the second stage
-    sharpen_rate: float = 5e-4
-    sharpen_hold: float = 0.7  # beta of benign openings there (their alpha is 1 - beta)
+    held_share: float = 0.5  # of the benign prompts, with such a text
     seed: int = 0
 
 
 def alignment_data(model, tokenizer, recipe: AlignmentRecipe):
-    """The ``align`` splits for both stages, each with ``prompt``, ``response``, ``complete`` and ``risk`` (how much to stay as you are).
+    """The ``align`` splits with ``prompt``, ``response``, ``complete`` and ``risk`` (how much to stay as you are).
 
-    About one in ten of the embedded model's answers to benign prompts is an apology; those are generated again with such
-    openings ruled out and learned in the first stage too, so that the habit is not kept.
+    About one in ten of the embedded model's answers to benign prompts is an apology; those prompts get openings with
+    such words ruled out and no text of their own, so that the habit is not kept.
     """
     from datasets import Dataset
 
     rng = random.Random(recipe.seed)
     rows = [row for name in SETS for row in load_prompts(name, "align")]
     benign = [row["prompt"] for row in rows if not row["label"]]
-    answers = iter(own_answers(model, tokenizer, benign, recipe.held_tokens, sample_seed=recipe.seed))
-    openings = iter(own_openings(model, tokenizer, benign))
-    first, second = [], []
+    openings = dict(zip(benign, own_openings(model, tokenizer, benign)))
+    held = [prompt for prompt in benign if not openings[prompt][1]]
+    held = rng.sample(held, min(len(held), round(recipe.held_share * len(benign))))
+    answers = dict(zip(held, own_answers(model, tokenizer, held, recipe.held_tokens, sample_seed=recipe.seed)))
+    examples = []
     for row in rows:
+        prompt, texts = row["prompt"], []
         if row["label"]:
-            refusal = (rng.choice(load_refusals(row["category"])), recipe.opening_tokens, 0.0)
-            texts = refusal, refusal
+            texts.append((rng.choice(load_refusals(row["category"])), recipe.opening_tokens, 0.0))
         else:
-            (opening, apologised), answer = next(openings), (next(answers), recipe.held_tokens, 1.0)
-            texts = (opening, recipe.opening_tokens, 0.0) if apologised and opening else answer, (opening, recipe.opening_tokens, recipe.sharpen_hold)
-        for stage, (text, limit, risk) in zip((first, second), texts):
+            texts.append((openings[prompt][0], recipe.opening_tokens, recipe.opening_hold))
+        if prompt in answers:
+            texts.append((answers[prompt], recipe.held_tokens, 1.0))
+        for text, limit, risk in texts:
             ids = tokenizer(text, add_special_tokens=False).input_ids
-            example = {"prompt": row["prompt"], "response": tokenizer.decode(ids[:limit]), "complete": len(ids) < limit, "risk": risk}
+            example = {"prompt": prompt, "response": tokenizer.decode(ids[:limit]), "complete": len(ids) < limit, "risk": risk}
             if example["response"].strip():  # the model may say nothing
-                stage.append(example)
-    second = rng.sample(second, round(recipe.sharpen_share * len(second)))
-    return Dataset.from_list(first), Dataset.from_list(second)
+                examples.append(example)
+    return Dataset.from_list(examples)
 
 
 def own_answers(model, tokenizer, prompts: list[str], n_tokens: int, *, sample_seed: int) -> list[str]:
@@ -121,15 +122,14 @@ def align(output: str | Path, recipe: AlignmentRecipe | None = None) -> Path:
     if output.exists():
         raise FileExistsError(f"{output} exists: give another folder, or remove it first")
     model, tokenizer = load_model(EMBEDDED)
-    stages = alignment_data(model, tokenizer, recipe)
-    about = {"model": EMBEDDED, "recipe": asdict(recipe), "examples": [len(data) for data in stages], "data": [fingerprint(data) for data in stages], "versions": versions()}
-
-    def train(model, data, title: str, *, learning_rate: float, epochs: int, **lora):
+    data = alignment_data(model, tokenizer, recipe)
+    about = {"model": EMBEDDED, "recipe": asdict(recipe), "examples": len(data), "data": fingerprint(data), "versions": versions()}
+    with atomic_dir(output) as folder:
         args = AdaptiveSFTConfig(
             output_dir=str(folder),
             per_device_train_batch_size=recipe.batch_size,
-            num_train_epochs=epochs,
-            learning_rate=learning_rate,
+            num_train_epochs=recipe.epochs,
+            learning_rate=recipe.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=10,
             beta_min=0.0,
@@ -141,14 +141,11 @@ def align(output: str | Path, recipe: AlignmentRecipe | None = None) -> Path:
             save_strategy="no",
             seed=recipe.seed,
         )
-        trainer = AdaptiveSFTTrainer(model, args, data, processing_class=tokenizer, callbacks=[ProgressBar(title)], **lora)
+        trainer = AdaptiveSFTTrainer(
+            model, args, data, processing_class=tokenizer, callbacks=[ProgressBar("aligning")], peft_config=lora_config(recipe.rank, 2 * recipe.rank)
+        )
         trainer.train()
-        return trainer.model
-
-    with atomic_dir(output) as folder:
-        model = train(model, stages[0], "aligning", learning_rate=recipe.learning_rate, epochs=recipe.epochs, peft_config=lora_config(recipe.rank, 2 * recipe.rank))
-        # the adapter goes on learning, so adapter off is still the unaligned model
-        model = train(model, stages[1], "sharpening", learning_rate=recipe.sharpen_rate, epochs=1)
+        model = trainer.model
         model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
         model.save_pretrained(folder)
         weights = load_file(folder / "adapter_model.safetensors")  # half the size, and far finer than the steps that made it

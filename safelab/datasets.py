@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("align", "probe", "attack", "eval")
-TASK_SYSTEM = "Is this headline sarcastic? Answer yes or no."
-TASK_ANSWERS = ("no", "yes")
+TASK_SYSTEM = "Is this headline serious or sarcastic? Answer with one word."
+TASK_ANSWERS = ("serious", "sarcastic")
 
 
 class DataError(ValueError):

@@ -256,7 +256,7 @@ def test_the_task_splits_are_disjoint_and_complete(headlines):
     assert len(set(train["prompt"]) | set(judged["prompt"])) == len(train) + len(judged) == 60
     for row in (*train, *judged):
         number = int(row["prompt"].rsplit(" ", 1)[1])
-        assert row["label"] == (number % 3 == 0) and row["response"] == ("yes" if row["label"] else "no")
+        assert row["label"] == (number % 3 == 0) and row["response"] == ("sarcastic" if row["label"] else "serious")
 
 
 @pytest.mark.parametrize("n", [1, 8, 9])
