@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", _demo, "fine-tune a safe model on a task with 10 %% harmful examples, with and without defence")
     demo.add_argument("--seed", type=int, action="append", help="seed; repeat it for several (default 0)")
+    demo.add_argument("--judge", action="store_true", help="an arm more: adaptive, with a critic that reads responses (some 7 minutes more)")
     demo.add_argument("--out", type=Path, default=Path("figures"), help="folder for demo.png and demo.json (default figures)")
     demo.add_argument("--force", action="store_true", help="run again what is cached")
 
@@ -149,13 +150,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args) -> tuple[dict, str]:
-    from safelab.experiments import run_demo
+    from safelab.experiments import DEMO_ARMS, run_demo
     from safelab.plots import plot_demo, save_figure
 
     args.out.mkdir(parents=True, exist_ok=True)  # found out now, not after ten minutes
     if not os.access(args.out, os.W_OK):
         raise PermissionError(f"{args.out} cannot be written: give another folder with --out")
-    demo = run_demo(tuple(args.seed or [0]), quick=args.quick, force=args.force)
+    arms = (*DEMO_ARMS, "adaptive-judge") if args.judge else DEMO_ARMS
+    demo = run_demo(tuple(args.seed or [0]), arms=arms, quick=args.quick, force=args.force)
     arms = {a["arm"]: a for a in demo["arms"]}
     alt = "Four panels by arm. " + " ".join(
         f"{name}: {100 * a['asr']['mean']:.0f} % of harmful prompts answered, task accuracy {100 * a['utility']['mean']:.0f} %." for name, a in arms.items()

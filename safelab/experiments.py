@@ -222,9 +222,9 @@ DEMO_BETA = 0.5
 
 def demo_defense(arm: str) -> Defense | None:
     """The defence behind an arm of the demo; None for ``initial``."""
-    from safelab.defenses import SFT, AdaptiveProbe, ConstantKL
+    from safelab.defenses import DEFENSES
 
-    return {"initial": None, "sft": SFT(), "constant-kl": ConstantKL(DEMO_BETA), "adaptive-probe": AdaptiveProbe()}[arm]
+    return None if arm == "initial" else DEFENSES[arm](**({"beta": DEMO_BETA} if arm == "constant-kl" else {}))
 
 
 def run_demo(
@@ -255,7 +255,7 @@ def run_demo(
         "elapsed_seconds": round(time.monotonic() - started, 1),
         "compute_seconds": round(sum(r["seconds"] for r in rows), 1),  # of all rows, cached ones too
         "cached_rows": sum(bool(r.get("cached")) for r in rows),
-        "command": "safelab demo" + (" --quick" if quick else "") + "".join(f" --seed {s}" for s in seeds),
+        "command": "safelab demo" + (" --quick" if quick else "") + (" --judge" if "adaptive-judge" in arms else "") + "".join(f" --seed {s}" for s in seeds),
     }
 
 

@@ -27,6 +27,8 @@ from safelab.sources import cache_dir, write_atomic
 
 DEPTHS = (0.5, 0.6, 0.67, 0.73)
 """Layers that are read, as shares of the model's depth: the middle, where meaning is and the next word is not yet."""
+VERSION = 1
+"""To be raised when the same labels give another classifier: whoever keeps its risks goes by it."""
 SIGNALS = 2  # the last columns of the features: the prompt's help, and whether patterns see a refusal
 HELPER_WEIGHT = 0.5
 MIN_SHARED = 30  # pairs that people were asked both questions about, to translate one answer into the other

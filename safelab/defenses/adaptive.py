@@ -26,9 +26,13 @@ class AdaptiveProbe(Defense):
         self.beta_min, self.beta_max, self.granularity, self.anchors, self.critic = beta_min, beta_max, granularity, anchors, critic
 
     def before(self, model, tokenizer, data: Dataset) -> Dataset:
-        critic = self.critic or self.default_critic(model, tokenizer)
-        data = data.add_column("risk", critic.score(list(data["prompt"]), list(data["response"])).tolist())
+        data = data.add_column("risk", self.risks(model, tokenizer, data))
         return add_anchors(model, tokenizer, data, round(self.anchors * len(data))) if self.anchors else data
+
+    def risks(self, model, tokenizer, data: Dataset) -> list[float]:
+        """The critic's risk of each row."""
+        critic = self.critic or self.default_critic(model, tokenizer)
+        return critic.score(list(data["prompt"]), list(data["response"])).tolist()
 
     def default_critic(self, model, tokenizer):
         """The critic where none was given: a probe trained on ``model``, the safe one."""

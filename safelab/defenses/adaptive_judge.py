@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
 from safelab.defenses.adaptive import AdaptiveProbe
+from safelab.sources import cache_dir, write_atomic
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class AdaptiveJudge(AdaptiveProbe):
@@ -16,6 +24,18 @@ class AdaptiveJudge(AdaptiveProbe):
     """
 
     name = "adaptive-judge"
+
+    def risks(self, model, tokenizer, data: Dataset) -> list[float]:
+        """As of :class:`AdaptiveProbe`; the default critic's are kept, since it knows nothing of the model that is tuned."""
+        if self.critic is not None:
+            return super().risks(model, tokenizer, data)
+        from safelab.critics.classifier import VERSION
+
+        key = json.dumps([VERSION, list(data["prompt"]), list(data["response"])])
+        file = cache_dir() / "risks" / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
+        if not file.is_file():
+            write_atomic(file, json.dumps(super().risks(model, tokenizer, data)).encode())
+        return json.loads(file.read_text(encoding="utf-8"))
 
     def default_critic(self, model, tokenizer):
         """The critic where none was given: it reads with the unaligned model, so neither argument is used."""

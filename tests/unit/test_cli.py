@@ -315,9 +315,9 @@ def test_evaluate_takes_the_judging_split_of_a_registered_set(saved_model, run, 
 
 @pytest.fixture
 def made_up_demo(monkeypatch):
-    def run_demo(seeds, *, quick, force):
-        arms = []
-        for a, arm in enumerate(DEMO_ARMS):
+    def run_demo(seeds, *, arms, quick, force):
+        names, arms = arms, []
+        for a, arm in enumerate(names):
             rate = {"mean": 0.2 * a, "lo": 0.2 * a, "hi": 0.2 * a + 0.1, "n": 10}
             rates = dict.fromkeys(("asr", "asr_strongreject", "over_refusal", "utility"), rate)
             arms.append({"arm": arm, **rates, "step_seconds": 1.25 if a else None, "peak_memory_mb": 1234})
@@ -336,6 +336,11 @@ def test_demo_prints_what_it_writes(tmp_path, run, made_up_demo):
     assert written == result
     assert "sft: 20 % of harmful prompts answered, task accuracy 20 %." in alt
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["demo.json", "demo.png"]
+
+
+def test_demo_with_a_judge_has_one_arm_more(tmp_path, run, made_up_demo):
+    _, text, _ = run("demo", "--out", tmp_path, "--judge", "--json")
+    assert [a["arm"] for a in json.loads(text)["arms"]] == [*DEMO_ARMS, "adaptive-judge"]
 
 
 def test_demo_prints_a_markdown_table_and_where_the_files_are(tmp_path, run, made_up_demo):

@@ -385,3 +385,29 @@ def test_every_defence_ends_in_one_adapter_for_the_safe_model(name, tiny_model, 
     assert left.keys() == safe.keys() and all(torch.equal(left[n], p) for n, p in safe.items())
     assert any(p.abs().max() > 0 for n, p in tuned.named_parameters() if "lora_B" in n)
     assert isinstance(DEFENSES[name](**given).parameters(), dict)
+
+
+# ----------------------------------------------------------------------------------------- the judge's risks
+
+
+def test_the_default_judge_is_asked_once_and_another_critic_each_time(monkeypatch, tmp_path):
+    asked = []
+
+    class Critic:
+        name = "counting"
+
+        def score(self, prompts, responses):
+            asked.append(len(prompts))
+            return np.linspace(0, 1, len(prompts))
+
+    monkeypatch.setenv("SAFELAB_HOME", str(tmp_path))
+    judge = DEFENSES["adaptive-judge"]
+    monkeypatch.setattr(judge, "default_critic", lambda self, model, tokenizer: Critic())
+    expected = pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert judge(anchors=0).before(None, None, dataset())["risk"] == expected
+    assert judge(anchors=0).before(None, None, dataset())["risk"] == expected and asked == [4]
+    judge(anchors=0).before(None, None, dataset(OTHERS[:2]))
+    assert asked == [4, 2]
+    for _ in range(2):
+        judge(anchors=0, critic=Critic()).before(None, None, dataset())
+    assert asked == [4, 2, 4, 4]
