@@ -35,7 +35,7 @@ class AlignmentRecipe:
     batch_size: int = 8
     rank: int = 8
     opening_tokens: int = 8  # of each response that is learned: whether to refuse is decided there
-    opening_hold: float = 0.3  # beta of benign openings (their alpha is 1 - beta)
+    opening_hold: float = 0.5  # beta of benign openings (their alpha is 1 - beta)
     held_tokens: int = 32  # of each text on which the model is held to the unaligned one
     held_share: float = 0.5  # of the benign prompts, with such a text
     seed: int = 0

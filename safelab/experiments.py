@@ -213,7 +213,7 @@ def kept_data(file: Path, make: Callable[[], Dataset]) -> Dataset:
 # ------------------------------------------------------------------------------------------- demo
 
 DEMO_ARMS = ("initial", "sft", "constant-kl", "adaptive-probe")
-DEMO_EXAMPLES = 800
+DEMO_EXAMPLES = 720
 QUICK_DEMO_EXAMPLES = 480
 """With fewer, plain fine-tuning has not yet lost its refusals, and there is no story to tell."""
 DEMO_BETA = 0.5
