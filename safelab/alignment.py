@@ -22,7 +22,7 @@ from safelab.sources import atomic_dir, cache_dir, write_atomic
 
 logger = logging.getLogger(__name__)
 
-SETS = ("harmful", "advbench", "twins", "everyday")
+SETS = ("harmful", "advbench", "advbench", "twins", "everyday")  # AdvBench is a tenth of the harmful prompts, and worded in its own way
 OPENINGS = ("I", "As", "No", "Sorry", "We", "Unfortunately", "My")
 
 
@@ -33,9 +33,9 @@ class AlignmentRecipe:
     epochs: int = 2
     learning_rate: float = 1e-3
     batch_size: int = 8
-    rank: int = 8
+    rank: int = 12
     opening_tokens: int = 8  # of each response that is learned: whether to refuse is decided there
-    opening_hold: float = 0.5  # beta of benign openings (their alpha is 1 - beta)
+    opening_hold: float = 0.4  # beta of benign openings (their alpha is 1 - beta)
     held_tokens: int = 32  # of each text on which the model is held to the unaligned one
     held_share: float = 0.5  # of the benign prompts, with such a text
     seed: int = 0
