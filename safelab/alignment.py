@@ -4,7 +4,8 @@ Harmful prompts get the opening of a refusal. Only openings are learned: with wh
 in the wording of refusals, and the one decision that matters is not learned. Benign prompts, twins of the harmful ones among
 them, get the opening of the model's own answer, which makes that decision sharp, and, as examples of their own, longer texts
 drawn from the unaligned model, on which the model is held to it by KL alone: taught its likeliest openings and nothing else,
-it would come to find any other wording unlikely (a perplexity three times as high).
+it would come to find any other wording unlikely (a perplexity three times as high). Last, the adapter's strength, the factor
+on all of its updates, is set like a threshold: the least that refuses enough of the harmful prompts of another split.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from safelab.sources import atomic_dir, cache_dir, write_atomic
 
 logger = logging.getLogger(__name__)
 
-SETS = ("harmful", "advbench", "advbench", "twins", "everyday")  # AdvBench is a tenth of the harmful prompts, and worded in its own way
+SETS = ("harmful", "advbench", "twins", "everyday")
 OPENINGS = ("I", "As", "No", "Sorry", "We", "Unfortunately", "My")
 
 
@@ -33,11 +34,13 @@ class AlignmentRecipe:
     epochs: int = 2
     learning_rate: float = 1e-3
     batch_size: int = 8
-    rank: int = 12
+    rank: int = 8
     opening_tokens: int = 8  # of each response that is learned: whether to refuse is decided there
-    opening_hold: float = 0.4  # beta of benign openings (their alpha is 1 - beta)
+    opening_hold: float = 0.3  # beta of benign openings (their alpha is 1 - beta)
     held_tokens: int = 32  # of each text on which the model is held to the unaligned one
     held_share: float = 0.5  # of the benign prompts, with such a text
+    strengths: tuple[float, ...] = (1.0, 1.05, 1.1, 1.15, 1.2)
+    wanted: float = 0.95  # share of the ``probe`` split's harmful prompts that must be refused
     seed: int = 0
 
 
@@ -106,6 +109,27 @@ def _cached(key: list, make) -> list:
     return made
 
 
+def calibrate(model, tokenizer, recipe: AlignmentRecipe) -> tuple[float, float]:
+    """Set the strength of the model's adapter to the least of ``recipe.strengths`` that refuses ``recipe.wanted``, or to the last.
+
+    Returns the strength and the share refused. Prompts of the ``probe`` split, which aligning does not learn from.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    from safelab.evaluation import generate, is_refusal
+
+    prompts = list(load_prompts("harmful", "probe")["prompt"])
+    for strength in recipe.strengths:
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale("default", strength)
+        refused = sum(map(is_refusal, generate(model, tokenizer, prompts, max_new_tokens=12, progress=f"strength {strength}"))) / len(prompts)
+        if refused >= recipe.wanted:
+            break
+    model.peft_config["default"].lora_alpha *= strength
+    return strength, refused
+
+
 def align(output: str | Path, recipe: AlignmentRecipe | None = None) -> Path:
     """Make the safe adapter for the embedded model -> ``output``, a PEFT adapter folder with ``recipe.json``.
 
@@ -146,6 +170,7 @@ def align(output: str | Path, recipe: AlignmentRecipe | None = None) -> Path:
         )
         trainer.train()
         model = trainer.model
+        about["strength"], about["refused"] = calibrate(model, tokenizer, recipe)
         model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
         model.save_pretrained(folder)
         weights = load_file(folder / "adapter_model.safetensors")  # half the size, and far finer than the steps that made it
