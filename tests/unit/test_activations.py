@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import FAMILIES
 from safelab import activations
 from safelab.activations import Activations, extract_activations, model_fingerprint, template_fingerprint
 from safelab.models import decoder_layers, render_pairs, render_prompts
+from safelab.sources import SourceError
 
 # From one token to several hundred, not sorted: batches pad a lot, and Gemma's window of 16 tokens is exceeded.
 PROMPTS = [
@@ -375,6 +377,12 @@ def test_a_broken_file_is_made_again_and_a_foreign_one_refused(small, home):
     with pytest.raises(ValueError, match=r"holds the values of something else \(differing: layers\).*delete it"):
         extract_activations(model, tokenizer, PROMPTS, layers=[1], cache=True)
     assert by_layer[1].read_bytes() == other
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_found_out_before_anything_is_mapped():
+    with pytest.raises(SourceError, match="disk is full: cannot store activations"):
+        activations._create(Path("/dev/full"), {}, (1000, 10))
 
 
 def test_nothing_is_cached_on_an_error(small, home):
