@@ -10,7 +10,6 @@ on all of its updates, is set like a threshold: the least that refuses enough of
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import random
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from safelab.datasets import load_everyday_answers, load_prompts, load_refusals
 from safelab.models import EMBEDDED, load_model
-from safelab.sources import atomic_dir, cache_dir, write_atomic
+from safelab.sources import atomic_dir, cached_json
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ def own_answers(model, tokenizer, prompts: list[str], n_tokens: int, *, sample_s
     from safelab.evaluation import generate
 
     key = [EMBEDDED, "sampled", n_tokens, sample_seed, prompts]
-    return _cached(key, lambda: generate(model, tokenizer, prompts, max_new_tokens=n_tokens, sample_seed=sample_seed, progress="the model's own answers"))
+    return cached_json("answers", key, lambda: generate(model, tokenizer, prompts, max_new_tokens=n_tokens, sample_seed=sample_seed, progress="the model's own answers"))
 
 
 def own_openings(model, tokenizer, prompts: list[str]) -> list[tuple[str, bool]]:
@@ -97,16 +96,7 @@ def own_openings(model, tokenizer, prompts: list[str]) -> list[tuple[str, bool]]
                 found[i] = ("" if is_refusal(answer) else answer, True)
         return found
 
-    return _cached([EMBEDDED, "all openings", prompts, OPENINGS], find)
-
-
-def _cached(key: list, make) -> list:
-    file = cache_dir() / "answers" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.json"
-    if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
-    made = make()
-    write_atomic(file, json.dumps(made).encode())
-    return made
+    return cached_json("answers", [EMBEDDED, "all openings", prompts, OPENINGS], find)
 
 
 def calibrate(model, tokenizer, recipe: AlignmentRecipe) -> tuple[float, float]:

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", _demo, "fine-tune a safe model on a task with 10 %% harmful examples, with and without defence")
     demo.add_argument("--seed", type=int, action="append", help="seed; repeat it for several (default 0)")
-    demo.add_argument("--judge", action="store_true", help="an arm more: adaptive, with a critic that reads responses (some 7 minutes more)")
+    demo.add_argument("--judge", action="store_true", help="an arm more: adaptive, with a critic that reads responses (some minutes more)")
     demo.add_argument("--out", type=Path, default=Path("figures"), help="folder for demo.png and demo.json (default figures)")
     demo.add_argument("--force", action="store_true", help="run again what is cached")
 

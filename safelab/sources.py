@@ -23,6 +23,7 @@ import difflib
 import errno
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import secrets
@@ -374,6 +375,14 @@ def _redact(text: str) -> str:
     """Remove ``user:password@`` and hub tokens; rather too much than too little."""
     text = re.sub(r"(?<=//)\S*@|[^\s/@:'\"]+:(?!//)\S+@", "***@", text)
     return re.sub(r"\bhf_\w{8,}", "hf_***", text)
+
+
+def cached_json(folder: str, key: object, make: Callable[[], object]) -> object:
+    """What ``make()`` returned when it was first asked for under ``key``; kept as JSON in ``folder`` of the cache."""
+    file = cache_dir() / folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.json"
+    if not file.is_file():
+        write_atomic(file, json.dumps(make()).encode())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _disk_full(what: object, need: int, where: Path) -> SourceError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -15,6 +16,9 @@ from sklearn.pipeline import make_pipeline
 from safelab.critics.patterns import PatternCritic
 from safelab.datasets import load_labels
 from safelab.probes import expected_calibration_error
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 FOLDS = 5
 HIGH_RECALL = 0.97
@@ -45,8 +49,7 @@ def critic_eval(critic, name: str, *, seed: int = 0, limit: int | None = None, d
         folds), ``failures`` (by status), ``categories``, ``raters``, ``baselines``, and for plots ``label`` and
         ``risk`` (what was ranked; None where it gave no verdict), one an example.
     """
-    rows = load_labels(name)
-    rows = rows.select(np.random.default_rng(seed).permutation(len(rows))[:limit].tolist()) if limit else rows
+    rows = some_labels(name, limit, seed)
     prompts, responses, groups = list(rows["prompt"]), list(rows["response"]), np.array(rows["group"])
     y, human = np.array(rows["label"]), np.array(rows["score"])
     folds = outer_folds(y, groups, seed)
@@ -76,6 +79,12 @@ def critic_eval(critic, name: str, *, seed: int = 0, limit: int | None = None, d
             figures = _figures(values, y, human, groups, folds, None, np.ones(len(y), bool), seed, draws)
             card["baselines"][other] = {k: figures[k] for k in ("auroc", "recall", "precision", "f1", "spearman")}
     return card
+
+
+def some_labels(name: str, limit: int | None = None, seed: int = 0) -> Dataset:
+    """A set of human labels, or ``limit`` of its examples, drawn by ``seed``: what :func:`critic_eval` judges."""
+    rows = load_labels(name)
+    return rows.select(np.random.default_rng(seed).permutation(len(rows))[:limit].tolist()) if limit else rows
 
 
 def outer_folds(y: np.ndarray, groups: np.ndarray, seed: int = 0, n: int = FOLDS) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import TYPE_CHECKING
 
 from safelab.defenses.adaptive import AdaptiveProbe
-from safelab.sources import cache_dir, write_atomic
+from safelab.sources import cached_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,11 +29,8 @@ class AdaptiveJudge(AdaptiveProbe):
             return super().risks(model, tokenizer, data)
         from safelab.critics.classifier import VERSION
 
-        key = json.dumps([VERSION, list(data["prompt"]), list(data["response"])])
-        file = cache_dir() / "risks" / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
-        if not file.is_file():
-            write_atomic(file, json.dumps(super().risks(model, tokenizer, data)).encode())
-        return json.loads(file.read_text(encoding="utf-8"))
+        ask = super().risks
+        return cached_json("risks", [VERSION, list(data["prompt"]), list(data["response"])], lambda: ask(model, tokenizer, data))
 
     def default_critic(self, model, tokenizer):
         """The critic where none was given: it reads with the unaligned model, so neither argument is used."""

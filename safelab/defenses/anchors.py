@@ -9,8 +9,8 @@ from safelab.datasets import load_prompts
 from safelab.evaluation import generate
 
 SHARES = {"everyday": 0.65, "twins": 0.25, "harmful": 0.1}
-"""Chosen with the number of anchors on the everyday prompts of the ``align`` split, seed 0, of three choices: with harmful ones
-for a quarter and half as many in all, the tuned model refused 8 % of them, with these 4 %, the safe model 2 %."""
+"""Chosen with the number of anchors on the everyday prompts of the ``align`` split, seed 0, in two tries: with harmful ones
+for a quarter, half as many in all and five answer tokens, the tuned model refused 8 % of them, with these 4 %, the safe model 2 %."""
 
 
 def add_anchors(model, tokenizer, data: Dataset, n: int, *, seed: int = 0, answer_tokens: int = 8) -> Dataset:
