@@ -385,6 +385,11 @@ def test_a_full_disk_is_found_out_before_anything_is_mapped():
         activations._create(Path("/dev/full"), {}, (1000, 10))
 
 
+def test_a_mapped_file_has_no_holes(tmp_path):
+    activations._create(tmp_path / "a.safetensors", {}, (1000, 100))
+    assert 512 * (tmp_path / "a.safetensors").stat().st_blocks >= 4 * 1000 * 100
+
+
 def test_nothing_is_cached_on_an_error(small, home):
     model, tokenizer = small
     with torch.no_grad():
