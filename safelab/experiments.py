@@ -421,11 +421,12 @@ def fingerprint(data: Dataset) -> str:
 
 
 def _weights_hash(model: str) -> str | None:
-    """What tells two states of a model apart: the safe adapter's bytes, or names, sizes and times of a folder's files."""
+    """What tells two states of a model apart: the bytes of the safe adapter and of its configuration, which has its strength, or names, sizes and times of a folder's files."""
     from safelab.models import SAFE
 
     if model == SAFE:
-        return hashlib.sha256((data_dir() / "safe-adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
+        parts = [(data_dir() / "safe-adapter" / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")]
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
     path = Path(model).expanduser()
     if not path.exists():
         return None  # a hub id, pinned by its revision in the cache

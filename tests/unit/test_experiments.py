@@ -7,7 +7,8 @@ from datasets import Dataset
 
 from safelab import experiments
 from safelab.defenses import SFT, ConstantKL
-from safelab.experiments import Budget, Suite, fingerprint, peak_memory, pooled, run_cell, summarise, with_time_left
+from safelab.experiments import Budget, Suite, _weights_hash, fingerprint, peak_memory, pooled, run_cell, summarise, with_time_left
+from safelab.models import SAFE
 
 DATA = Dataset.from_dict({"prompt": ["a", "b"], "response": ["c", "d"], "harmful": [0, 1]})
 
@@ -22,6 +23,19 @@ def no_model(monkeypatch, tmp_path):
     monkeypatch.setattr(Suite, "measure", lambda self, *a: {"asr": [0, 1], "utility": [1, 1]})
     monkeypatch.setattr(experiments, "_weights_hash", lambda model: "w")
     return runs
+
+
+def test_the_safe_start_at_another_strength_is_another_model(monkeypatch, tmp_path):
+    """Its strength is in the adapter's configuration, not in its weights."""
+    folder = tmp_path / "safe-adapter"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(experiments, "data_dir", lambda: tmp_path)
+    found = set()
+    for strength in (16, 16.8, 16):
+        (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": strength}))
+        found.add(_weights_hash(SAFE))
+    assert len(found) == 2
 
 
 def cell(defense=None, seed=0, data=DATA, **kwargs):
