@@ -207,7 +207,7 @@ def answer_scores(model, tokenizer, prompts: list[str], answers: tuple[str, ...]
     order = sorted(range(len(prompts)), key=lambda i: len(rendered[i]))
     scores = torch.empty(len(prompts), len(answers))
     with eval_mode(model), autocast(model):
-        opening = model(input_ids=torch.tensor([rendered[0][:shared]], device=model.device), logits_to_keep=1).past_key_values if shared else None
+        opening = model(input_ids=torch.tensor([rendered[0][:shared]], device=model.device), use_cache=True, logits_to_keep=1).past_key_values if shared else None
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             rest = [torch.tensor(rendered[i][shared:]) for i in rows]
