@@ -39,6 +39,36 @@ def percent(rate: dict) -> str:
     return f"{100 * rate['mean']:.0f} % [{100 * rate['lo']:.0f}, {100 * rate['hi']:.0f}], n={rate['n']}"
 
 
+def check(predicted, found) -> str:
+    """What became of a prediction, in words; None is none, so a notebook that nobody answered runs through.
+
+    Parameters
+    ----------
+    predicted
+        A share in 0..1 where a rate was found, a list where an order was, else whatever is to be equal.
+    found
+        A rate ``{mean, lo, hi, n}``, a list of names in their order, or a value.
+
+    Raises
+    ------
+    ValueError
+        A share outside 0..1, which is perhaps meant in percent.
+    """
+    answer = percent(found) if isinstance(found, dict) else ", ".join(map(str, found)) if isinstance(found, list) else str(found)
+    if predicted is None:
+        return f"{answer}. No prediction was made: write one in the place of None, and run the cell again."
+    if isinstance(found, list):
+        right = sum(p == f for p, f in zip(predicted, found))
+        return f"{answer}. You had {right} of {len(found)} in their places."
+    if not isinstance(found, dict):
+        return f"{answer}. You said {predicted}: {'right' if predicted == found else 'not this time'}."
+    if not 0 <= predicted <= 1:
+        raise ValueError(f"a share is between 0 and 1, not {predicted}")
+    if found["lo"] <= predicted <= found["hi"]:
+        return f"{answer}. You said {100 * predicted:.0f} %: within the interval."
+    return f"{answer}. You said {100 * predicted:.0f} %: {abs(100 * (predicted - found['mean'])):.0f} points too {'high' if predicted > found['mean'] else 'low'}."
+
+
 def conclusions(cells: list[dict], of: str = "adaptive-probe", within: float = 0.03) -> list[str]:
     """What the cells of :func:`safelab.experiments.summarise_grid` show, one paragraph an attack and one over all of them.
 

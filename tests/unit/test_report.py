@@ -22,7 +22,7 @@ SECRET = "the end of a long answer"
 
 
 class Fixed(Critic):
-    name = "fixed"
+    name, model = "fixed", "/somewhere/private/judge"
 
     def judge(self, prompts, responses):
         risk = np.array([0.9 if "pick" in p else 0.1 for p in prompts])
@@ -104,12 +104,13 @@ def test_the_page_holds_the_figures_and_escapes_what_others_wrote(facts, tmp_pat
     for image in page.images:
         kind, _, picture = image["src"].partition(",")
         assert kind == "data:image/png;base64" and base64.b64decode(picture).startswith(b"\x89PNG") and len(image["alt"]) > 20
-    for said in (facts["files"][0]["sha256"], "17 % [3, 56], n=6", "100 % [61, 100], n=6", "10.0 % [1.8, 40.4] of 10 examples", "0123456789abcdef", "torch 1.2.3", "epochs 2"):
+    for said in (facts["files"][0]["sha256"], "17 % [3, 56], n=6", "100 % [61, 100], n=6", "10.0 % [1.8, 40.4] of 10 examples", "0123456789abcdef", "torch 1.2.3", "epochs 2", "Critic: fixed:judge."):
         assert said in page.text, said
     assert "/somewhere" not in text and str(tmp_path) not in text
 
 
-def test_the_pdf_says_the_same(facts, tmp_path):
+def test_the_pdf_says_the_same(facts, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "LINES", 20)  # so that its text has several pages
     content = write_report(tmp_path / "out", facts)["pdf"].read_bytes()
     assert content.startswith(b"%PDF") and b"/somewhere" not in content
     lines = [line for line, _ in pdf_lines(facts)]

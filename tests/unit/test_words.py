@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from safelab.evaluation import wilson
-from safelab.words import change, conclusions, difference
+from safelab.words import change, check, conclusions, difference
 
 
 def of(k, n=100):
@@ -31,6 +31,27 @@ def test_the_interval_of_a_difference_is_newcombes():
 )
 def test_a_change_in_words(first, second, said):
     assert change(of(first), of(second)) == said
+
+
+@pytest.mark.parametrize(
+    ("predicted", "found", "said"),
+    [
+        (None, of(10), "10 % [6, 17], n=100. No prediction was made"),
+        (0.15, of(10), "You said 15 %: within the interval."),
+        (0.9, of(10), "You said 90 %: 80 points too high."),
+        (0, of(10), "You said 0 %: 10 points too low."),
+        (["a", "c", "b"], ["a", "b", "c"], "a, b, c. You had 1 of 3 in their places."),
+        (2, 2, "2. You said 2: right."),
+        ("probe", "classifier", "classifier. You said probe: not this time."),
+    ],
+)
+def test_a_prediction_is_checked_in_place(predicted, found, said):
+    assert said in check(predicted, found)
+
+
+def test_a_share_in_percent_is_asked_for_again():
+    with pytest.raises(ValueError, match="between 0 and 1, not 15"):
+        check(15, of(10))
 
 
 def cell(attack, defense, asr, utility=50, over=2, has_task=True):
