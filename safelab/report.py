@@ -205,7 +205,7 @@ def html_page(facts: dict) -> str:
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{name}</title>
 <style>{STYLE}
-img {{ max-width: 100% }} figure {{ margin: 1em 0 }} td {{ overflow-wrap: anywhere }}
+img {{ max-width: 100% }} figure {{ margin: 1em 0 }} td:last-child {{ overflow-wrap: anywhere }}
 </style>
 <h1>{name}</h1>
 <ul>{''.join(f'<li>{html.escape(s)}</li>' for s in sentences(measured))}</ul>
