@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, in its quick mode."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -35,3 +36,21 @@ def test_is_fit_to_commit(path):
     assert "widgets" not in notebook.metadata
     assert path.stat().st_size < 1_000_000
     assert not [word for word in ("/root/", "/home/", "/work/", "/tmp/", "site-packages") if word in text]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_has_the_form_of_the_course(path):
+    """Says what one will be able to do and how long it takes, asks before it shows, checks in place, and leads on."""
+    cells = nbformat.read(path, as_version=4).cells
+    first, last = cells[0].source, cells[-1].source
+    assert "In this notebook you will" in first and re.search(r"\*Quick\* mode takes (about|under) \d+ minutes on two CPU cores", first)
+    assert len(re.findall(r"^\d\. \*\*", first, re.M)) >= 3
+    text = [c.source for c in cells]
+    asked, checked = (next(i for i, source in enumerate(text) if what in source) for what in ("**Predict", "## Check yourself"))
+    assert 0 < asked < checked < len(cells) - 1
+    assert any(c.cell_type == "code" and "assert " in c.source for c in cells[checked:])
+    assert last.startswith("## Things to try") and "**Read:**" in last
+    after = NOTEBOOKS[(NOTEBOOKS.index(path) + 1) % len(NOTEBOOKS)]
+    assert f"[{after.stem}]({after.name})" in last
+    for target in re.findall(r"\]\(([^)#:]+\.ipynb)\)", "\n".join(text)):
+        assert (path.parent / target).is_file(), target
