@@ -46,8 +46,8 @@ def test_has_the_form_of_the_course(path):
     assert "In this notebook you will" in first and re.search(r"\*Quick\* mode takes (about|under) \d+ minutes on two CPU cores", first)
     assert len(re.findall(r"^\d\. \*\*", first, re.M)) >= 3
     text = [c.source for c in cells]
-    asked, checked = (next(i for i, source in enumerate(text) if what in source) for what in ("**Predict", "## Check yourself"))
-    assert 0 < asked < checked < len(cells) - 1
+    asked, checked = (next(i for i, source in enumerate(text) if i and what in source) for what in ("**Predict", "## Check yourself"))
+    assert asked < checked < len(cells) - 1
     assert any(c.cell_type == "code" and "assert " in c.source for c in cells[checked:])
     assert last.startswith("## Things to try") and "**Read:**" in last
     after = NOTEBOOKS[(NOTEBOOKS.index(path) + 1) % len(NOTEBOOKS)]
