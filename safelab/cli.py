@@ -138,6 +138,16 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--threshold", type=float, default=0.5, help="risk from which an example is risky (default 0.5)")
     audit.add_argument("--allowed", type=float, default=0.05, help="share of risky examples that passes (default 0.05)")
 
+    report = command("report", _report, "what a finished training did: audit of its data, rates before and after, settings; as HTML and PDF", of_critics)
+    report.add_argument("--run", required=True, type=Path, dest="folder", metavar="DIR", help="the --out of a finished 'safelab train'; the report goes there too")
+    report.add_argument("--data", required=True, metavar="F", help="the file it was trained on")
+    report.add_argument("--prompts", action="append", metavar="F", help="a file with labels, or a registered set; repeat it for several (default harmful and everyday)")
+    report.add_argument("--held-out", metavar="F", help="pairs it was not trained on")
+    report.add_argument("--critic", default="classifier", choices=CRITICS, help="whose risk the audit goes by (default classifier)")
+    report.add_argument("--model", default=None, help="the model behind the critic")
+    report.add_argument("--threshold", type=float, default=0.5, help="risk from which an example is risky (default 0.5)")
+    report.add_argument("--allowed", type=float, default=0.05, help="share of risky examples that passes (default 0.05)")
+
     bench = command("bench", _bench, "what a training step costs, beside plain fine-tuning and the public design")
     bench.add_argument("--steps", type=int, default=20, help="timed steps of each arm (default 20)")
     bench.add_argument("--model", default=None)
@@ -243,6 +253,48 @@ def _train(args) -> tuple[dict, str]:
         result = save_result(tuned, tokenizer, args.out, result, merge=args.merge) | {"out": str(args.out)}
     stopped = f"\n{about['stopped']}" if about.get("stopped") else ""
     return result, f"{'model' if args.merge else 'adapter'} in {args.out}: {len(data)} examples, {about['step_seconds'] or 0:.2f} s a step{stopped}"
+
+
+def _report(args) -> tuple[dict, str]:
+    from datasets import Dataset
+
+    from safelab.critics.audit import audit
+    from safelab.datasets import load_prompts, read_pair_file
+    from safelab.experiments import fingerprint
+    from safelab.models import load_model
+    from safelab.output import DONE
+    from safelab.report import describe_file, measure, sentences, write_report
+
+    if not (args.folder / DONE).is_file():
+        raise ValueError(f"{args.folder} holds no finished training ({DONE} is missing): give the --out of 'safelab train'")
+    run = json.loads((args.folder / DONE).read_text(encoding="utf-8"))
+    rows = [{"prompt": r["prompt"], "response": r["response"]} for r in read_pair_file(args.data)]
+    used = rows[: run["examples"]]  # fewer where the training was --quick
+    if fingerprint(Dataset.from_list(used)) != run["data"]:
+        raise ValueError(f"{args.data} is not what {args.folder} was trained on")
+    prompts = []
+    for name in args.prompts or ("harmful", "everyday"):
+        found = load_prompts(name)
+        found = load_prompts(name, "eval") if "eval" in set(found["split"] if "split" in found.column_names else ()) else found
+        prompts += [{"prompt": r["prompt"], "label": r["label"]} for r in found][: 8 if args.quick else None]
+    pairs = read_pair_file(args.held_out) if args.held_out else None
+    critic = _critic(argparse.Namespace(**vars(args) | {"dry_run": False}))
+    facts = {
+        "title": f"Fine-tuned under {run['defense']}",
+        "files": [describe_file(args.data, len(rows)), *([describe_file(args.held_out, len(pairs))] if pairs else [])],
+        "audit": audit(used, critic, args.folder / "audit", threshold=args.threshold, allowed=args.allowed),
+        "prompts": prompts,
+        "run": run,
+        "measured": {},
+    }
+    adapter = args.folder if (args.folder / "adapter_config.json").is_file() else None
+    for name, source in (("before", {"name": run["model"]}), ("after", {"name": run["model"], "adapter": adapter} if adapter else {"name": args.folder})):
+        model, tokenizer = load_model(**source)
+        facts["measured"][name] = measure(model, tokenizer, prompts, pairs)
+        del model
+    paths = write_report(args.folder, facts)
+    kept = json.loads(paths["json"].read_text(encoding="utf-8"))
+    return kept, "\n".join([*sentences(facts["measured"]), f"report: {paths['html']}, {paths['pdf']}"])
 
 
 def check_same(file: Path, options: dict) -> None:

@@ -326,8 +326,10 @@ def grid(attacks, defenses, seeds=(0,), learning_rates=(None,), epochs=(None,)) 
     return cells + [Cell(a, d, s, lr, e) for s in seeds for a in attacks for lr in learning_rates for e in epochs for d in defenses]
 
 
-def run_grid(cells: list[Cell], *, model: str | None = None, quick: bool = False, force: bool = False, jobs: int | None = None) -> list[dict]:
-    """Run ``cells`` through joblib -> one row each, in their order; rows that are cached are read.
+def run_grid(
+    cells: list[Cell], *, model: str | None = None, quick: bool = False, force: bool = False, jobs: int | None = None, suite: Suite | None = None
+) -> list[dict]:
+    """Run ``cells`` through joblib -> one row each, in their order, judged by ``suite``; rows that are cached are read.
 
     With ``jobs=None`` the backend is the one around it: ``joblib.parallel_config(backend="dask")`` sends the cells to a
     cluster that shares the cache folder, and without any they run one after the other. Interrupted, it goes on where it was.
@@ -336,7 +338,7 @@ def run_grid(cells: list[Cell], *, model: str | None = None, quick: bool = False
 
     from safelab.models import SAFE
 
-    options = {"model": model or SAFE, "quick": quick, "force": force}
+    options = {"model": model or SAFE, "quick": quick, "force": force} | ({"suite": suite} if suite else {})
     done = Parallel(n_jobs=jobs, return_as="generator")(delayed(run_named)(cell, **options) for cell in cells)
     rows = []
     for cell, left in with_time_left(cells):
@@ -345,14 +347,14 @@ def run_grid(cells: list[Cell], *, model: str | None = None, quick: bool = False
     return rows
 
 
-def run_named(cell: Cell, *, model: str, quick: bool = False, force: bool = False) -> dict:
+def run_named(cell: Cell, *, model: str, quick: bool = False, force: bool = False, suite: Suite | None = None) -> dict:
     """One cell of a grid -> its row (:func:`run_cell`'s) with ``has_task`` beside it."""
     from safelab.attacks import ATTACKS, PLAIN
     from safelab.defenses import DEFENSES
 
     attack = ATTACKS[cell.attack]
     wrapper = None if attack.wrapper == PLAIN else attack.wrapper
-    common = {"model": model, "suite": QUICK_SUITE if quick else Suite(), "wrapper": wrapper, "force": force}
+    common = {"model": model, "suite": suite or (QUICK_SUITE if quick else Suite()), "wrapper": wrapper, "force": force}
     if cell.defense == "initial":  # without a wrapper the same for all attacks, so measured once
         row = run_cell(attack.name if wrapper else "none", None, None, 0, budget=Budget(), **common)
     else:
@@ -361,6 +363,32 @@ def run_named(cell: Cell, *, model: str, quick: bool = False, force: bool = Fals
             data = data.select(range(min(QUICK_EXAMPLES, len(data))))
         row = run_cell(attack.name, data, DEFENSES[cell.defense](), cell.seed, budget=cell_budget(cell, attack, quick), **common)
     return row | {"attack": attack.name, "has_task": attack.has_task}
+
+
+def ablate(attack: str, setting: str, values, *, defense: str = "adaptive-probe", seeds=(0,), epochs: int | None = None, model: str | None = None, suite: Suite | None = None) -> list[dict]:
+    """One defence with one ``setting`` at each of ``values``, against one attack -> ``value`` and its rates, seeds pooled, for each.
+
+    Raises
+    ------
+    ValueError
+        An attack or a defence that is not registered.
+    TypeError
+        A setting that the defence does not have.
+    """
+    from safelab.attacks import ATTACKS, PLAIN
+    from safelab.defenses import DEFENSES
+    from safelab.models import SAFE
+
+    cells = grid([attack], [defense], seeds, epochs=(epochs,))[1:]
+    scenario, points = ATTACKS[attack], []
+    wrapper = None if scenario.wrapper == PLAIN else scenario.wrapper
+    for value in values:
+        variant = DEFENSES[defense](**{setting: value})
+        rows = [
+            run_cell(attack, scenario.data(c.seed), variant, c.seed, model=model or SAFE, budget=cell_budget(c, scenario), suite=suite or Suite(), wrapper=wrapper) for c in cells
+        ]
+        points.append({"setting": setting, "value": value, "seeds": list(seeds)} | {key: pooled([r["flags"][key] for r in rows]).to_dict() for key in rows[0]["flags"]})
+    return points
 
 
 def cell_budget(cell: Cell, attack: Attack, quick: bool = False) -> Budget:

@@ -766,5 +766,14 @@ def hub_snapshot(
 
 def data_dir() -> Path:
     """The project's own data: ``data/`` beside the package, or ``_data/`` inside an installed one."""
-    inside = Path(__file__).parent / "_data"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "data"
+    return _shipped("data")
+
+
+def figures_dir() -> Path:
+    """Stored figures and the numbers behind them: ``figures/`` beside the package, or ``_figures/`` inside an installed one."""
+    return _shipped("figures")
+
+
+def _shipped(name: str) -> Path:
+    inside = Path(__file__).parent / f"_{name}"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / name

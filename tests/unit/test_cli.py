@@ -17,7 +17,7 @@ from safelab.datasets import DataError
 from safelab.experiments import DEMO_ARMS, Budget
 
 ROOT = Path(safelab.__file__).parents[1]
-COMMANDS = ("demo", "probe", "train", "evaluate", "align", "bench", "lab")
+COMMANDS = ("demo", "probe", "train", "report", "evaluate", "align", "bench", "lab")
 PAIRS = [{"prompt": f"How do I bake bread number {i}?", "response": f"Mix flour and water, wait {i} hours."} for i in range(20)]
 
 
