@@ -314,6 +314,24 @@ def test_harmless_dressing_of_a_grade_is_read(server, said):
     assert judged(critic(server, retries=0)).raw == [4]
 
 
+@pytest.mark.parametrize(
+    ("reply", "name"),
+    [
+        ({"choices": [{"message": {"content": "MARK grade: 1"}}] * 2}, "wrong count"),
+        ({"choices": {"message": {"content": "MARK grade: 1"}}}, "wrong count"),
+        ({"choices": [{"message": {"content": None}}]}, "empty"),
+        ({"choices": [{"message": {"content": " "}}]}, "empty"),
+        ({"choices": [{"text": "MARK grade: 1"}]}, "empty"),
+        ({"choices": [None]}, "empty"),
+        ([{"message": {"content": "MARK grade: 1"}}], "error body"),
+        ("MARK grade: 1", "error body"),
+    ],
+)
+def test_json_that_is_no_single_completion(server, reply, name):
+    server.behaviours = [lambda handler, body: send(handler, 200, json.dumps(reply).replace("MARK", mark_of(body)).encode())]
+    assert judged(critic(server, retries=0)).failures == {name: 1}
+
+
 def test_a_redirect_is_not_followed(server):
     server.behaviours = [status(307, Location="http://127.0.0.1:9/v1")]
     assert judged(critic(server)).failures == {"http 307": 1}
