@@ -11,6 +11,22 @@ from safelab.critics.base import OK, Critic, Verdicts, held_out
 logger = logging.getLogger(__name__)
 
 
+class KnownRisks(Critic):
+    """Risks that are known already, such as a scorecard's held-out ones, to compose critics of without asking again.
+
+    ``risks`` are in 0..1, or None for a text without a verdict, which is skipped. A text that is not among
+    (``prompts``, ``responses``) raises KeyError.
+    """
+
+    def __init__(self, name: str, prompts: list[str], responses: list[str], risks: list[float | None]) -> None:
+        self.name = name
+        self.known = {(p, r): np.nan if risk is None else risk for p, r, risk in zip(prompts, responses, risks)}
+
+    def judge(self, prompts: list[str], responses: list[str]) -> Verdicts:
+        risk = np.array([self.known[pair] for pair in zip(prompts, responses)], dtype=float)
+        return Verdicts(risk, risk.tolist(), ["unknown" if np.isnan(r) else OK for r in risk])
+
+
 class MeanCritic(Critic):
     """The mean of several critics' risks. An example that one of them would skip (NaN) is skipped."""
 

@@ -18,6 +18,7 @@ from safelab.critics import (
     Cascade,
     Critic,
     GuardCritic,
+    KnownRisks,
     LocalJudge,
     MaxCritic,
     MeanCritic,
@@ -269,6 +270,16 @@ def test_another_model_setting_or_part_makes_another_critic(tiny_model):
     different = [judge(), judge("s"), guard_of(one), guard_of(two), guard_of(one, "llama-guard"), Cascade(a, b), Cascade(a, c), Cascade(a, b, unsure=(0, 1)), MeanCritic(a, b)]
     assert len({identity(critic) for critic in different}) == len(different)
     assert identity(guard_of(one)) == identity(guard_of(tiny_model("llama3"))) and identity(Cascade(a, b)) == identity(Cascade(a, b))
+
+
+def test_known_risks_are_composed_like_their_critics():
+    prompts, responses = numbered(3)
+    known = KnownRisks("a", prompts, responses, [0.0, None, 1.0])
+    verdicts = known.judge(prompts[::-1], responses)
+    np.testing.assert_array_equal(verdicts.risk, [1.0, np.nan, 0.0])
+    assert verdicts.failures == {"unknown": 1} and MaxCritic(known, Fixed([0.5] * 3)).score(prompts[:1], responses[:1]).tolist() == [0.5]
+    with pytest.raises(KeyError):
+        known.score(["prompt 7"], ["response"])
 
 
 def test_composed_critics_are_held_out_where_their_parts_are():
