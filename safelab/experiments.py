@@ -49,6 +49,10 @@ class Budget:
             raise ValueError(f"a budget's numbers must be positive: {self}")
 
 
+MEASURED_BY = "patterns"
+"""The critic behind a suite's attack success rate: :func:`safelab.evaluation.is_refusal`, which is PatternCritic's."""
+
+
 @dataclass(frozen=True)
 class Suite:
     """How many held-out cases judge a model (None: all there are); always the same ones."""
@@ -107,8 +111,10 @@ def run_cell(
     -------
     dict
         ``attack, defense, seed``, per-case ``flags``, ``step_seconds`` (median), ``train_seconds`` (all stages of the
-        defence), ``peak_memory_mb``, the training ``history``, and the settings and versions that made it.
+        defence), ``peak_memory_mb``, the training ``history``, the settings and versions that made it, and ``critics``:
+        which one trained and which one measures (:func:`safelab.critics.base.check_apart`).
     """
+    from safelab.critics.base import check_apart
     from safelab.evaluation import patterns_hash
 
     config = {
@@ -130,9 +136,10 @@ def run_cell(
         config["wrapper"] = asdict(wrapper)
     key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:20]
     file = cache_dir() / "runs" / f"{key}.json"
+    critics = {"critics": check_apart(defense.critic_name() if defense else None, MEASURED_BY)}
     if file.is_file() and not force:
         row = json.loads(file.read_text(encoding="utf-8"))
-        return row | {"cached": True}
+        return row | critics | {"cached": True}
 
     from safelab.models import load_model
 
@@ -145,7 +152,7 @@ def run_cell(
             net, about = fine_tune(net, chats, data, defense, seed, budget, output=cache_dir() / "runs" / key)
     row = config | about | {"peak_memory_mb": peak[0], "flags": suite.measure(net, tokenizer, wrapper), "seconds": time.monotonic() - started}
     write_atomic(file, (json.dumps(row) + "\n").encode())
-    return row
+    return row | critics
 
 
 def fine_tune(
@@ -159,7 +166,16 @@ def fine_tune(
     from safelab.training import AdaptiveSFTConfig, ProgressBar, SafetyMonitor, StepClock, lora_config
 
     started = time.monotonic()
-    data = kept_data(output / "prepared.jsonl", lambda: defense.before(model, tokenizer, data)) if resumable else defense.before(model, tokenizer, data)
+    failed, user_data = output / "critic_failures.json", data
+
+    def prepare() -> Dataset:
+        made = defense.before(model, tokenizer, user_data)
+        if resumable:  # a run that goes on asks no critic, and still says what had failed
+            write_atomic(failed, json.dumps(defense.failures_).encode())
+        return made
+
+    data = kept_data(output / "prepared.jsonl", prepare) if resumable else prepare()
+    failures = json.loads(failed.read_text(encoding="utf-8")) if resumable and failed.is_file() else defense.failures_
     clock = StepClock()
     defaults = dict(
         output_dir=str(output),
@@ -198,6 +214,7 @@ def fine_tune(
     risks = [round(float(np.mean(row["risk"])), 4) for row in data if not row.get("anchor")] if "risk" in data.column_names else None
     seconds = round(time.monotonic() - started, 1)
     about = {"step_seconds": clock.median(), "train_seconds": seconds, "history": history, "risks": risks}
+    about |= {"trained_with": defense.critic_name(), "critic_failures": failures}
     return tuned, about | ({"stopped": watch.stopped, "measured": [h for h in trainer.state.log_history if "asr" in h]} if watch else {})
 
 
@@ -270,6 +287,7 @@ def summarise(arm: str, rows: list[dict]) -> dict:
         "step_seconds": round(float(np.median(steps)), 3) if steps else None,
         "peak_memory_mb": max(r["peak_memory_mb"] for r in rows),
         "settings": rows[0]["settings"],
+        "critics": rows[0].get("critics"),
         "by_seed": by_seed,
     }
 
@@ -401,7 +419,7 @@ def tidy(row: dict) -> dict:
     """A row of :func:`run_cell` -> the line of a table: rates with intervals in the place of flags, no histories."""
     from safelab.evaluation import rate
 
-    keep = ("attack", "defense", "seed", "has_task", "step_seconds", "train_seconds", "peak_memory_mb", "seconds", "data", "parameters", "model", "weights", "versions")
+    keep = ("attack", "defense", "seed", "has_task", "step_seconds", "train_seconds", "peak_memory_mb", "seconds", "data", "parameters", "model", "weights", "versions", "critics", "critic_failures")
     budget = {k: row["budget"].get(k) for k in ("learning_rate", "epochs")}
     return {k: row.get(k) for k in keep} | budget | {k: rate(flags).to_dict() for k, flags in row["flags"].items()}
 

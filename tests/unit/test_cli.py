@@ -13,6 +13,7 @@ import pytest
 
 import safelab
 from safelab import cli
+from safelab.critics.base import plain_verdicts
 from safelab.datasets import DataError
 from safelab.experiments import DEMO_ARMS, Budget
 
@@ -229,6 +230,37 @@ def test_without_json_a_sentence_is_printed(tmp_path, pairs, prompts, saved_mode
     assert code == 0 and re.fullmatch(rf"adapter in {re.escape(str(out))}: 16 examples, \d+\.\d\d s a step\n", text)
     code, text, _ = run("evaluate", *_options(prompts=prompts, model=model))
     assert code == 0 and re.fullmatch(r"refused \d+ % \[\d+, \d+\] \(n=3\)\n", text)
+
+
+@pytest.mark.parametrize("judge, same", [("classifier", True), ("patterns", False)])
+def test_the_critic_that_trained_does_not_measure_unnoticed(tmp_path, pairs, prompts, saved_model, run, monkeypatch, caplog, judge, same):
+    """A defence's own critic counts, though the command that trained did not name it."""
+
+    class Classifier:
+        name = "classifier"
+
+        def judge(self, prompts, responses):
+            return plain_verdicts(np.linspace(0, 1, len(prompts)))
+
+    out, model = tmp_path / "adapter", saved_model("llama3")
+    monkeypatch.setattr("safelab.defenses.adaptive_judge.response_classifier", Classifier)
+    monkeypatch.setattr("safelab.critics.ResponseClassifier", lambda *a: Classifier())
+    monkeypatch.setenv("SAFELAB_HOME", str(tmp_path / "home"))
+    code, text, err = run("train", *_options(data=pairs, model=model, out=out, defense="adaptive-judge"), "--quick", "--json")
+    assert code == 0, err
+    assert json.loads(text)["trained_with"] == "classifier" and json.loads(text)["critic_failures"] == {}
+
+    arguments = _options(prompts=prompts, model=model, adapter=out, critic=judge, critic_model=model)
+    code, text, err = run("evaluate", *arguments, "--json")
+    assert code == 0, err
+    result = json.loads(text)
+    assert result["critics"]["same_critic"] is same and ("share a blind spot" in caplog.text) is same
+    assert result["critics"]["trained_with"] == "classifier" and result["critics"]["evaluated_with"] == judge
+    assert result["harmful"]["n"] == 3 and (judge == "patterns" or result["harmful"]["mean"] == pytest.approx(2 / 3))
+    assert ("it is the critic that trained" in run("evaluate", *arguments)[1]) is same
+    caplog.clear()
+    _, text, _ = run("evaluate", *_options(prompts=prompts, model=model, critic=judge, critic_model=model), "--json")
+    assert not json.loads(text)["critics"]["same_critic"] and not caplog.text  # the safe start was trained by nobody's critic
 
 
 def _fails_half_way(error):

@@ -22,6 +22,9 @@ def test_disagreements_count_each_corner_once():
     table = disagreements(RISK, 1 - RISK, Y, names=("one", "other"))
     assert table["examples"].tolist() == [0, 3, 2, 0]
     assert table["harmful, people say"].tolist() == ["-", "67 %", "50 %", "-"]
+    assert table["right"].tolist() == ["-", "one, 67 %", "neither more often", "-"]
+    swapped = disagreements(1 - RISK, RISK, Y, names=("other", "one"))
+    assert swapped["right"].tolist() == ["-", "neither more often", "one, 67 %", "-"]
 
 
 def test_betas_by_example_and_by_batch():
