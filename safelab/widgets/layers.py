@@ -6,6 +6,7 @@ import html
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 if TYPE_CHECKING:
     from safelab.activations import Activations
@@ -22,7 +23,7 @@ def layer_view(states: Activations, groups, harmful, probes: dict[int, HarmProbe
     probes
         Layer -> probe (:func:`safelab.widgets.layer_probes`).
     method
-        See :func:`safelab.geometry.project`; ``"lda"`` is fitted on every second prompt, and only the others are shown.
+        See :func:`safelab.geometry.project`; ``"lda"`` is fitted on every second prompt of each group, and only the others are shown.
 
     Returns
     -------
@@ -32,7 +33,7 @@ def layer_view(states: Activations, groups, harmful, probes: dict[int, HarmProbe
     from safelab.geometry import project
     from safelab.probes import scorecard
 
-    fitted = np.arange(len(groups)) % 2 == 0 if method == "lda" else None
+    fitted = pd.Series(groups).groupby(groups).cumcount().to_numpy() % 2 == 0 if method == "lda" else None
     found = project(states.layer(layer), groups, method, fit_on=fitted, seed=seed)
     risk = probes[layer].predict_proba(states.layer(layer))[:, 1]
     return found | {"shown": np.ones(len(groups), bool) if fitted is None else ~fitted, "risk": risk, "auroc": scorecard(harmful, risk, draws=300, seed=seed)["auroc"]}

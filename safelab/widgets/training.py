@@ -162,6 +162,7 @@ def _remote(run: TrainingRun):
         def on_step_end(self, args, state, control, **kwargs) -> None:
             run.step = state.global_step
             run._seconds += time.monotonic() - self.began  # with what was measured and drawn since the last step, without pauses
+            run._changed()
             if run.pausing and not run.stopping:
                 run._tell("paused")
                 run._go.wait()
