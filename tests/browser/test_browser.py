@@ -38,7 +38,7 @@ def lab(tmp_path_factory):
         )  # fmt: skip
     try:
         runtime, deadline = home / "_RUNTIME" / f"jpserver-{server.pid}.json", time.monotonic() + 120
-        while not runtime.is_file():
+        while not (runtime.is_file() and runtime.read_text().endswith("}")):
             assert server.poll() is None and time.monotonic() < deadline, (home / "log").read_text()
             time.sleep(0.1)
         yield json.loads(runtime.read_text()) | {"folder": home / "notebooks"}
@@ -88,8 +88,8 @@ def keep_screenshots(page, folder) -> None:
     """The notebook, one picture a screenful."""
     folder.mkdir(parents=True, exist_ok=True)
     panel = page.locator(".jp-WindowedPanel-outer").first
-    whole, step = panel.evaluate("panel => [panel.scrollHeight, panel.clientHeight]")
-    for i, top in enumerate(range(0, whole, step)):
+    end, step = panel.evaluate("panel => [[...panel.querySelectorAll('.jp-Cell')].pop().offsetTop, panel.clientHeight]")
+    for i, top in enumerate(range(0, end + step, step)):
         panel.evaluate("(panel, top) => panel.scrollTop = top", top)
         page.screenshot(path=folder / f"{i:02}.png")
 

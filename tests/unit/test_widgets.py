@@ -179,7 +179,7 @@ def test_lda_shows_only_what_it_was_not_fitted_on(read):
 
 def test_the_layer_explorer_shows_the_chosen_layer_and_prompt(read):
     box = layer_explorer(read["states"], read["prompts"], read["groups"], read["y"], read["probes"])
-    (layer, method), point, text, picture = box.children[0].children, *box.children[1:]
+    (layer, method), point, text, picture = box.children[0].children, *box.children[1:4]
     assert "safelab-layer-explorer" in box._dom_classes and layer.options == (1, 2, 4)
     assert "layer 4" in text.value and read["prompts"][0] in text.value
     seen = [bytes(picture.value)]
@@ -248,7 +248,7 @@ def test_stored_results_of_a_comparison_and_of_nothing(tmp_path):
 
 def test_choosing_axes_arms_and_attack_changes_picture_and_sentence():
     box = trade_off_explorer(CELLS)
-    (x, y), attack, arms, text, picture = box.children[0].children, box.children[1], box.children[2].children, *box.children[3:]
+    (x, y), attack, arms, text, picture = box.children[0].children, box.children[1], box.children[2].children, *box.children[3:5]
     assert "safelab-trade-off" in box._dom_classes and (x.value, y.value) == ("utility", "asr") and dict(y.options).keys() == {
         "harmful prompts answered", "task accuracy", "seconds a step"
     }  # fmt: skip
