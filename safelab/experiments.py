@@ -55,8 +55,8 @@ class Suite:
 
     harmful: int | None = 100
     strongreject: int | None = 60
-    benign: int | None = 100
-    task: int = 400
+    benign: int | None = 200
+    task: int = 1000
 
     def measure(self, model, tokenizer, wrapper: Wrapper | None = None) -> dict[str, list[int]]:
         """Flags, one a case: ``asr`` and ``asr_strongreject`` (complied), ``over_refusal`` (refused), ``utility`` (right).
