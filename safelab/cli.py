@@ -158,7 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--seed", type=int, default=0)
 
     lab = command("lab", _lab, "open the notebooks in JupyterLab")
-    lab.add_argument("--port", type=int, default=8888)
+    lab.add_argument("--folder", type=Path, metavar="DIR", help="another folder of notebooks, such as your own copies (default: the project's)")
+    lab.add_argument("--port", type=int, default=8888, help="default 8888; 0 takes any that is free")
     lab.add_argument("--no-browser", action="store_true")
     return parser
 
@@ -543,21 +544,19 @@ def _align(args) -> tuple[dict, str]:
     return report, "\n".join([*lines, f"benign perplexity: {report['perplexity']['ratio']:.3f} of the unaligned model's"])
 
 
-def _lab(args) -> tuple[dict, str]:
-    import subprocess
-
-    notebooks = Path(__file__).parent.parent / "notebooks"
-    if not notebooks.is_dir():
-        raise ValueError("the notebooks are in the project's repository: clone it, then run 'make lab' there")
-    command = [sys.executable, "-m", "jupyter", "lab", f"--ServerApp.root_dir={notebooks}", "--ip=127.0.0.1", f"--port={args.port}", "--LabApp.news_url=None"]
+def _lab(args):
+    """Becomes JupyterLab: its signals and its exit code are those of the command."""
+    here = Path(__file__).parent
+    folder = args.folder or here.parent / "notebooks"
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder" if args.folder else "the notebooks are in the project's repository: clone it, then run 'make lab' there")
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder.resolve()}", "--ip=127.0.0.1", f"--port={args.port}",
+               f"--LabApp.app_settings_dir={here / 'jupyterlab'}"]  # fmt: skip
     if args.no_browser or os.geteuid() == 0:
         command += ["--no-browser"]
     if os.geteuid() == 0:
         command += ["--allow-root"]
-    code = subprocess.call(command)
-    if code:
-        raise RuntimeError(f"JupyterLab ended with exit code {code}")
-    return {"exit": code}, ""
+    os.execv(sys.executable, command)
 
 
 if __name__ == "__main__":

@@ -102,10 +102,12 @@ def run_cell(
     suite: Suite,
     wrapper: Wrapper | None = None,
     force: bool = False,
+    **watching,
 ) -> dict:
     """One row: the safe model fine-tuned on ``data`` under ``defense``, judged by ``suite``; ``defense=None`` judges it as it is.
 
-    With a ``wrapper`` its system prompt is there in training too, and ``suite`` asks through it.
+    With a ``wrapper`` its system prompt is there in training too, and ``suite`` asks through it. ``watching`` is the
+    ``monitor`` and the ``callbacks`` of :func:`fine_tune`: the row of a run that they stopped is returned and not kept.
 
     Returns
     -------
@@ -149,19 +151,24 @@ def run_cell(
         about: dict = {"step_seconds": None, "history": []}
         if defense is not None:
             chats = wrapper.tokenizer(tokenizer) if wrapper else tokenizer
-            net, about = fine_tune(net, chats, data, defense, seed, budget, output=cache_dir() / "runs" / key)
+            net, about = fine_tune(net, chats, data, defense, seed, budget, output=cache_dir() / "runs" / key, **watching)
+    if watching:
+        about["train_seconds"] = None  # watching and pausing took their time
     row = config | about | {"peak_memory_mb": peak[0], "flags": suite.measure(net, tokenizer, wrapper), "seconds": time.monotonic() - started}
-    write_atomic(file, (json.dumps(row) + "\n").encode())
+    if not about.get("stopped"):
+        write_atomic(file, (json.dumps(row) + "\n").encode())
     return row | critics
 
 
 def fine_tune(
-    model, tokenizer, data: Dataset, defense: Defense, seed: int, budget: Budget, *, output: Path, resumable: bool = False, monitor: dict | None = None, **settings
-):
+    model, tokenizer, data: Dataset, defense: Defense, seed: int, budget: Budget, *,
+    output: Path, resumable: bool = False, monitor: dict | None = None, callbacks: list | None = None, **settings,
+):  # fmt: skip
     """Fine-tune ``model`` on ``data`` under ``defense`` -> the tuned model and what was seen on the way.
 
-    ``settings`` go to the trainer's configuration, and ``monitor`` to :class:`safelab.training.SafetyMonitor`. A
-    ``resumable`` run keeps the data that the defence made in ``output``, and goes on from the last complete checkpoint there.
+    ``settings`` go to the trainer's configuration, ``monitor`` to :class:`safelab.training.SafetyMonitor`, and
+    ``callbacks`` to the trainer, in the place of the bar on stderr. Where one of them ended the training before its
+    last step, what was seen says so as ``stopped``. A ``resumable`` run keeps the data that the defence made in ``output``, and goes on from the last complete checkpoint there.
     """
     from safelab.training import AdaptiveSFTConfig, ProgressBar, SafetyMonitor, StepClock, lora_config
 
@@ -202,7 +209,7 @@ def fine_tune(
         args,
         data,
         peft_config=None if hasattr(model, "peft_config") else lora,
-        callbacks=[clock, ProgressBar(f"{defense.name}, seed {seed}")],
+        callbacks=[clock, *([ProgressBar(f"{defense.name}, seed {seed}")] if callbacks is None else callbacks)],
     )
     watch = SafetyMonitor(trainer, **monitor) if monitor else None
     if watch:
@@ -215,7 +222,10 @@ def fine_tune(
     seconds = round(time.monotonic() - started, 1)
     about = {"step_seconds": clock.median(), "train_seconds": seconds, "history": history, "risks": risks}
     about |= {"trained_with": defense.critic_name(), "critic_failures": failures}
-    return tuned, about | ({"stopped": watch.stopped, "measured": [h for h in trainer.state.log_history if "asr" in h]} if watch else {})
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if step < steps:
+        about["stopped"] = watch and watch.stopped or f"stopped after step {step} of {steps}"
+    return tuned, about | ({"stopped": about.get("stopped"), "measured": [h for h in trainer.state.log_history if "asr" in h]} if watch else {})
 
 
 def kept_data(file: Path, make: Callable[[], Dataset]) -> Dataset:

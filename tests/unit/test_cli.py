@@ -135,6 +135,7 @@ FAILURES = {
     "test alone": ("probe --model {model} --test-benign {tmp}/prompts.txt", "--test-harmful and --test-benign"),
     "align exists": ("align --out {tmp}", "{tmp} exists"),
     "demo into a file": ("demo --out {tmp}/bad.csv", "{tmp}/bad.csv"),
+    "no notebooks": ("lab --folder {tmp}/missing", "{tmp}/missing: no such folder"),
 }
 
 
