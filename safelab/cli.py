@@ -225,6 +225,8 @@ def _train(args) -> tuple[dict, str]:
         raise ValueError(f"no defence {args.defense!r}: there are {', '.join(DEFENSES)}")
     if args.critic and not hasattr(DEFENSES[args.defense], "default_critic"):
         raise ValueError(f"--defense {args.defense} asks no critic: leave --critic out")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError("safelab train is for one process or DDP; for FSDP write a script around AdaptiveSFTTrainer, as accelerate/fsdp.yaml says")
     if args.stop_above is not None and args.measure_every is None:
         raise ValueError("--stop-above needs --measure-every")
     if FIRST and args.out.exists() and not args.resume:

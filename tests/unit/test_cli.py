@@ -309,6 +309,28 @@ def test_options_of_a_training_that_do_not_fit_are_refused(more, said, tmp_path,
     assert code == 1 and said in err and not (tmp_path / "x").exists()
 
 
+def test_shared_weights_are_refused_before_any_training(tmp_path, pairs, saved_model, run, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    code, _, err = run("train", *_options(data=pairs, model=saved_model("llama3"), out=tmp_path / "x", defense="sft"))
+    assert code == 1 and "fsdp.yaml" in err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("asr, stops", [([0, 1], True), ([0, 0], False)])
+def test_a_training_stops_on_its_safety_budget_and_says_so(asr, stops, tmp_path, pairs, saved_model, run, monkeypatch):
+    """At the third step, where half of the harmful prompts are answered and a quarter may be."""
+    from safelab.experiments import Suite
+
+    monkeypatch.setattr(Suite, "measure", lambda *_: {"asr": asr, "over_refusal": [0], "utility": [1]})
+    out = tmp_path / "out"
+    options = _options(data=pairs, model=saved_model("llama3"), out=out, defense="sft", batch_size=1, epochs=3)
+    code, text, err = run("train", *options, "--measure-every", 3, "--stop-above", 0.25)
+    assert code == 0, err
+    result = json.loads((out / "training.json").read_text(encoding="utf-8"))
+    assert (result["history"][-1]["step"] == 3) == stops == ("stopped after step 3: asr 0.500 > 0.25" in text)
+    assert result["measured"][0] == {"step": 3, "asr": sum(asr) / 2, "over_refusal": 0.0, "utility": 1.0}
+    assert f"step 3: ASR {sum(asr) / 2:.2f}" in (out / "README.md").read_text(encoding="utf-8")
+
+
 def test_bench_prints_its_table_and_its_json(run, monkeypatch):
     spread = {"median": 1.0, "q1": 0.9, "q3": 1.1, "n": 3}
     made_up = {
