@@ -109,6 +109,8 @@ class AdaptiveSFTConfig(SFTConfig):
             raise ValueError("save_total_limit=1: the checkpoint before must be kept until the next one is complete, so give 2 or more")
         self.schedule  # noqa: B018 - bad bounds fail here, not at the first step
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 needs a GPU: on a CPU it would quietly be single precision, so choose bf16 or neither")
 
     @property
     def schedule(self) -> RiskSchedule:
