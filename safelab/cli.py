@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         result, text = args.run(args)
     except KeyboardInterrupt:
         again = "what was finished is kept, so run the same command again to go on"
-        kept = {"demo": again, "compare": again, "train": again.replace("again", "with --resume")}.get(args.command, "nothing was written")
+        kept = {"demo": again, "compare": again, "audit": again, "train": again.replace("again", "with --resume")}.get(args.command, "nothing was written")
         print(f"\nstopped; {kept}", file=sys.stderr)
         return 1
     except (ValueError, RuntimeError, OSError) as error:

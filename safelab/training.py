@@ -109,6 +109,8 @@ class AdaptiveSFTConfig(SFTConfig):
             raise ValueError("save_total_limit=1: the checkpoint before must be kept until the next one is complete, so give 2 or more")
         self.schedule  # noqa: B018 - bad bounds fail here, not at the first step
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 needs a GPU: on a CPU it would quietly be single precision, so choose bf16 or neither")
 
     @property
     def schedule(self) -> RiskSchedule:
@@ -398,6 +400,8 @@ class AdaptiveSFTTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log, over all processes: of the user's own tokens (nll), of those held (kl), of examples."""
+        if not {"loss", "train_loss"} & logs.keys():
+            return super().log(logs, start_time)  # a monitor's figures: the step's own log comes after them
         sums = self._sums
         if self.accelerator.num_processes > 1:
             sums = np.sum(gather_object([sums]), axis=0)
@@ -545,8 +549,9 @@ class SafetyMonitor(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         if state.global_step % self.every:
             return
-        figures = self.measure(model)
+        figures, due = self.measure(model), control.should_log
         self.trainer.log(dict(figures))
+        control.should_log = due  # that log would count as the step's own
         over = [f"{name} {figures[name]:.3f} > {most}" for name, most in self.stop_above.items() if figures[name] > most]
         if over:
             self.stopped = f"stopped after step {state.global_step}: {', '.join(over)}"

@@ -327,7 +327,7 @@ def test_a_training_stops_on_its_safety_budget_and_says_so(asr, stops, tmp_path,
     assert code == 0, err
     result = json.loads((out / "training.json").read_text(encoding="utf-8"))
     assert (result["history"][-1]["step"] == 3) == stops == ("stopped after step 3: asr 0.500 > 0.25" in text)
-    assert result["measured"][0] == {"step": 3, "asr": sum(asr) / 2, "over_refusal": 0.0, "utility": 1.0}
+    assert result["measured"][0].items() >= {"step": 3, "asr": sum(asr) / 2, "over_refusal": 0.0, "utility": 1.0}.items()
     assert f"step 3: ASR {sum(asr) / 2:.2f}" in (out / "README.md").read_text(encoding="utf-8")
 
 

@@ -527,6 +527,7 @@ def test_a_kept_trajectory_is_met_again(name, small_model, tiny_tokenizer, tmp_p
         (dict(schedule_kind="cubic"), "'cubic'.*linear, clamp, threshold"),
         (dict(risk_smoothing=0.9), "smoothing runs over steps"),
         (dict(save_total_limit=1), "2 or more"),
+        (dict(fp16=True), "fp16 needs a GPU"),
     ],
 )
 def test_bad_settings_are_refused(settings, message, tmp_path):

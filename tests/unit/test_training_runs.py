@@ -326,13 +326,18 @@ def result(trainer):
 
 
 LOAD = """
-import importlib.util, json, sys
-assert importlib.util.find_spec("safelab") is None
+import json, sys
+try:
+    import safelab.models
+    sys.exit("safelab is here")
+except ModuleNotFoundError:
+    pass
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, base, ids = sys.argv[1:]
 if base:
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
 else:
     model = AutoModelForCausalLM.from_pretrained(folder)
 assert AutoTokenizer.from_pretrained(folder).chat_template
@@ -364,6 +369,10 @@ def test_what_is_saved_loads_without_safelab(merge, make, folder, tmp_path):
     saved = save_result(trainer.model, trainer.processing_class, out, result(trainer), merge=merge)
     assert json.loads((out / DONE).read_text(encoding="utf-8")) == saved and not list(out.glob("checkpoint-*"))
     torch.testing.assert_close(without_safelab(out, "" if merge else folder, ids[0].tolist()), expected, rtol=1e-4, atol=1e-5)
+    if merge:  # inference costs what it did: the same weights by name, shape and type in the same architecture
+        shapes = [{name: (w.shape, w.dtype) for name, w in load_file(path / "model.safetensors").items()} for path in (out, folder)]
+        configs = [json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (out, folder)]
+        assert shapes[0] == shapes[1] and configs[0]["architectures"] == configs[1]["architectures"]
     card = (out / "README.md").read_text(encoding="utf-8")
     (weights,) = load_file(next(out.glob("*.safetensors"))) and saved["weights"].items()
     for said in ("adaptive-probe", "`abc`, 8 examples", "torch 2", weights[1][:16], "merge" if merge else "PeftModel"):
