@@ -218,7 +218,8 @@ def answer_scores(model, tokenizer, prompts: list[str], answers: tuple[str, ...]
                 cache.batch_repeat_interleave(len(rows))
             seen = torch.arange(shared + ids.shape[1]) <= shared + last[:, None]
             inputs = {"input_ids": ids.to(model.device), "attention_mask": seen.long().to(model.device), "past_key_values": cache}
-            logits = at_head(model, inputs, lambda head, hidden: head(hidden[torch.arange(len(rows)), last]))
+            at = torch.arange(len(rows)), last
+            logits = at_head(model, inputs, lambda head, hidden, at=at: head(hidden[at]))
             scores[rows] = logits.float().log_softmax(-1)[:, tokens].cpu()
     return scores
 

@@ -49,6 +49,10 @@ class Budget:
             raise ValueError(f"a budget's numbers must be positive: {self}")
 
 
+MEASURED_BY = "patterns"
+"""The critic behind a suite's attack success rate: :func:`safelab.evaluation.is_refusal`, which is PatternCritic's."""
+
+
 @dataclass(frozen=True)
 class Suite:
     """How many held-out cases judge a model (None: all there are); always the same ones."""
@@ -109,8 +113,10 @@ def run_cell(
     -------
     dict
         ``attack, defense, seed``, per-case ``flags``, ``step_seconds`` (median), ``train_seconds`` (all stages of the
-        defence), ``peak_memory_mb``, the training ``history``, and the settings and versions that made it.
+        defence), ``peak_memory_mb``, the training ``history``, the settings and versions that made it, and ``critics``:
+        which one trained and which one measures (:func:`safelab.critics.base.check_apart`).
     """
+    from safelab.critics.base import check_apart
     from safelab.evaluation import patterns_hash
 
     config = {
@@ -132,9 +138,10 @@ def run_cell(
         config["wrapper"] = asdict(wrapper)
     key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:20]
     file = cache_dir() / "runs" / f"{key}.json"
+    critics = {"critics": check_apart(defense.critic_name() if defense else None, MEASURED_BY)}
     if file.is_file() and not force:
         row = json.loads(file.read_text(encoding="utf-8"))
-        return row | {"cached": True}
+        return row | critics | {"cached": True}
 
     from safelab.models import load_model
 
@@ -150,7 +157,7 @@ def run_cell(
     row = config | about | {"peak_memory_mb": peak[0], "flags": suite.measure(net, tokenizer, wrapper), "seconds": time.monotonic() - started}
     if not about.get("stopped"):
         write_atomic(file, (json.dumps(row) + "\n").encode())
-    return row
+    return row | critics
 
 
 def fine_tune(
@@ -166,7 +173,16 @@ def fine_tune(
     from safelab.training import AdaptiveSFTConfig, ProgressBar, SafetyMonitor, StepClock, lora_config
 
     started = time.monotonic()
-    data = kept_data(output / "prepared.jsonl", lambda: defense.before(model, tokenizer, data)) if resumable else defense.before(model, tokenizer, data)
+    failed, user_data = output / "critic_failures.json", data
+
+    def prepare() -> Dataset:
+        made = defense.before(model, tokenizer, user_data)
+        if resumable:  # a run that goes on asks no critic, and still says what had failed
+            write_atomic(failed, json.dumps(defense.failures_).encode())
+        return made
+
+    data = kept_data(output / "prepared.jsonl", prepare) if resumable else prepare()
+    failures = json.loads(failed.read_text(encoding="utf-8")) if resumable and failed.is_file() else defense.failures_
     clock = StepClock()
     defaults = dict(
         output_dir=str(output),
@@ -205,6 +221,7 @@ def fine_tune(
     risks = [round(float(np.mean(row["risk"])), 4) for row in data if not row.get("anchor")] if "risk" in data.column_names else None
     seconds = round(time.monotonic() - started, 1)
     about = {"step_seconds": clock.median(), "train_seconds": seconds, "history": history, "risks": risks}
+    about |= {"trained_with": defense.critic_name(), "critic_failures": failures}
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if step < steps:
         about["stopped"] = watch and watch.stopped or f"stopped after step {step} of {steps}"
@@ -226,8 +243,8 @@ DEMO_ARMS = ("initial", "sft", "constant-kl", "adaptive-probe")
 DEMO_EXAMPLES = 720
 QUICK_DEMO_EXAMPLES = 480
 """With fewer, plain fine-tuning has not yet lost its refusals, and there is no story to tell."""
-DEMO_BETA = 0.5
-"""The fixed beta of the constant-kl arm, half and half; benchmarks/constant_kl_sweep.py looks for a better one."""
+DEMO_BETA = 0.7
+"""The fixed beta of the constant-kl arm: the best of five in benchmarks/constant_kl_sweep.json."""
 
 
 def demo_defense(arm: str) -> Defense | None:
@@ -280,6 +297,7 @@ def summarise(arm: str, rows: list[dict]) -> dict:
         "step_seconds": round(float(np.median(steps)), 3) if steps else None,
         "peak_memory_mb": max(r["peak_memory_mb"] for r in rows),
         "settings": rows[0]["settings"],
+        "critics": rows[0].get("critics"),
         "by_seed": by_seed,
     }
 
@@ -336,8 +354,10 @@ def grid(attacks, defenses, seeds=(0,), learning_rates=(None,), epochs=(None,)) 
     return cells + [Cell(a, d, s, lr, e) for s in seeds for a in attacks for lr in learning_rates for e in epochs for d in defenses]
 
 
-def run_grid(cells: list[Cell], *, model: str | None = None, quick: bool = False, force: bool = False, jobs: int | None = None) -> list[dict]:
-    """Run ``cells`` through joblib -> one row each, in their order; rows that are cached are read.
+def run_grid(
+    cells: list[Cell], *, model: str | None = None, quick: bool = False, force: bool = False, jobs: int | None = None, suite: Suite | None = None
+) -> list[dict]:
+    """Run ``cells`` through joblib -> one row each, in their order, judged by ``suite``; rows that are cached are read.
 
     With ``jobs=None`` the backend is the one around it: ``joblib.parallel_config(backend="dask")`` sends the cells to a
     cluster that shares the cache folder, and without any they run one after the other. Interrupted, it goes on where it was.
@@ -346,7 +366,7 @@ def run_grid(cells: list[Cell], *, model: str | None = None, quick: bool = False
 
     from safelab.models import SAFE
 
-    options = {"model": model or SAFE, "quick": quick, "force": force}
+    options = {"model": model or SAFE, "quick": quick, "force": force} | ({"suite": suite} if suite else {})
     done = Parallel(n_jobs=jobs, return_as="generator")(delayed(run_named)(cell, **options) for cell in cells)
     rows = []
     for cell, left in with_time_left(cells):
@@ -355,14 +375,14 @@ def run_grid(cells: list[Cell], *, model: str | None = None, quick: bool = False
     return rows
 
 
-def run_named(cell: Cell, *, model: str, quick: bool = False, force: bool = False) -> dict:
+def run_named(cell: Cell, *, model: str, quick: bool = False, force: bool = False, suite: Suite | None = None) -> dict:
     """One cell of a grid -> its row (:func:`run_cell`'s) with ``has_task`` beside it."""
     from safelab.attacks import ATTACKS, PLAIN
     from safelab.defenses import DEFENSES
 
     attack = ATTACKS[cell.attack]
     wrapper = None if attack.wrapper == PLAIN else attack.wrapper
-    common = {"model": model, "suite": QUICK_SUITE if quick else Suite(), "wrapper": wrapper, "force": force}
+    common = {"model": model, "suite": suite or (QUICK_SUITE if quick else Suite()), "wrapper": wrapper, "force": force}
     if cell.defense == "initial":  # without a wrapper the same for all attacks, so measured once
         row = run_cell(attack.name if wrapper else "none", None, None, 0, budget=Budget(), **common)
     else:
@@ -371,6 +391,32 @@ def run_named(cell: Cell, *, model: str, quick: bool = False, force: bool = Fals
             data = data.select(range(min(QUICK_EXAMPLES, len(data))))
         row = run_cell(attack.name, data, DEFENSES[cell.defense](), cell.seed, budget=cell_budget(cell, attack, quick), **common)
     return row | {"attack": attack.name, "has_task": attack.has_task}
+
+
+def ablate(attack: str, setting: str, values, *, defense: str = "adaptive-probe", seeds=(0,), epochs: int | None = None, model: str | None = None, suite: Suite | None = None) -> list[dict]:
+    """One defence with one ``setting`` at each of ``values``, against one attack -> ``value`` and its rates, seeds pooled, for each.
+
+    Raises
+    ------
+    ValueError
+        An attack or a defence that is not registered.
+    TypeError
+        A setting that the defence does not have.
+    """
+    from safelab.attacks import ATTACKS, PLAIN
+    from safelab.defenses import DEFENSES
+    from safelab.models import SAFE
+
+    cells = grid([attack], [defense], seeds, epochs=(epochs,))[1:]
+    scenario, points = ATTACKS[attack], []
+    wrapper = None if scenario.wrapper == PLAIN else scenario.wrapper
+    for value in values:
+        variant = DEFENSES[defense](**{setting: value})
+        rows = [
+            run_cell(attack, scenario.data(c.seed), variant, c.seed, model=model or SAFE, budget=cell_budget(c, scenario), suite=suite or Suite(), wrapper=wrapper) for c in cells
+        ]
+        points.append({"setting": setting, "value": value, "seeds": list(seeds)} | {key: pooled([r["flags"][key] for r in rows]).to_dict() for key in rows[0]["flags"]})
+    return points
 
 
 def cell_budget(cell: Cell, attack: Attack, quick: bool = False) -> Budget:
@@ -383,7 +429,7 @@ def tidy(row: dict) -> dict:
     """A row of :func:`run_cell` -> the line of a table: rates with intervals in the place of flags, no histories."""
     from safelab.evaluation import rate
 
-    keep = ("attack", "defense", "seed", "has_task", "step_seconds", "train_seconds", "peak_memory_mb", "seconds", "data", "parameters", "model", "weights", "versions")
+    keep = ("attack", "defense", "seed", "has_task", "step_seconds", "train_seconds", "peak_memory_mb", "seconds", "data", "parameters", "model", "weights", "versions", "critics", "critic_failures")
     budget = {k: row["budget"].get(k) for k in ("learning_rate", "epochs")}
     return {k: row.get(k) for k in keep} | budget | {k: rate(flags).to_dict() for k, flags in row["flags"].items()}
 

@@ -39,12 +39,19 @@ def threshold_explorer(y: np.ndarray, risk: np.ndarray):
 
 
 def disagreements(first: np.ndarray, second: np.ndarray, y: np.ndarray, *, names: tuple[str, str], threshold: float = 0.5) -> pd.DataFrame:
-    """Two critics by who flags what, and the share of each corner that people called harmful."""
+    """Two critics by who flags what, the share of each corner that people called harmful, and where they disagree, who is right."""
     a, b = np.asarray(first) >= threshold, np.asarray(second) >= threshold
     rows = []
     for left in (True, False):
         for right in (True, False):
             corner = (a == left) & (b == right)
             rows.append({names[0]: "harmful" if left else "harmless", names[1]: "harmful" if right else "harmless", "examples": int(corner.sum()),
-                         "harmful, people say": f"{100 * np.asarray(y)[corner].mean():.0f} %" if corner.any() else "-"})  # fmt: skip
+                         "harmful, people say": f"{100 * np.asarray(y)[corner].mean():.0f} %" if corner.any() else "-",
+                         "right": _right(names, left, float(np.asarray(y)[corner].mean())) if corner.any() and left != right else "-"})  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _right(names: tuple[str, str], first_flags: bool, harmful: float) -> str:
+    """Of two critics that disagree, the one that people side with more often."""
+    share = harmful if first_flags else 1 - harmful  # in which the first is right
+    return f"{names[0]}, {100 * share:.0f} %" if share > 0.5 else f"{names[1]}, {100 * (1 - share):.0f} %" if share < 0.5 else "neither more often"

@@ -1,29 +1,18 @@
-"""Every notebook runs from top to bottom, in its quick mode."""
+"""Every notebook runs from top to bottom, in its quick mode; those with widgets do so in tests/browser, where there is a browser."""
 
-from pathlib import Path
+import re
 
 import nbformat
 import pytest
+from course import CHROMIUM, NOTEBOOKS, WITH_WIDGETS, check_ran, in_quick_mode
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
-
-def in_quick_mode(notebook):
-    """The same notebook with QUICK = True in its parameters cell."""
-    (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-    assert "QUICK = " in cell.source
-    cell.source += "\nQUICK = True"
-    return notebook
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if not CHROMIUM or p not in WITH_WIDGETS], ids=lambda p: p.stem)
 def test_runs_in_quick_mode(path, tmp_path):
-    notebook = in_quick_mode(nbformat.read(path, as_version=4))
+    notebook = in_quick_mode(path)
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
-    assert all(c.execution_count for c in notebook.cells if c.cell_type == "code")
-    shown = [o.data for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
-    assert not [data for data in shown if "Figure" in data.get("text/plain", "") and "image/png" not in data], "a figure that is not drawn"
+    check_ran(notebook)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -35,3 +24,68 @@ def test_is_fit_to_commit(path):
     assert "widgets" not in notebook.metadata
     assert path.stat().st_size < 1_000_000
     assert not [word for word in ("/root/", "/home/", "/work/", "/tmp/", "site-packages") if word in text]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_has_the_form_of_the_course(path):
+    """Says what one will be able to do and how long it takes, asks before it shows, checks in place, and leads on."""
+    cells = nbformat.read(path, as_version=4).cells
+    first, last = cells[0].source, cells[-1].source
+    assert "In this notebook you will" in first and re.search(r"\*Quick\* mode takes (about|under) \d+ minutes on two CPU cores", first)
+    assert len(re.findall(r"^\d\. \*\*", first, re.M)) >= 3
+    text = [c.source for c in cells]
+    asked, checked = (next(i for i, source in enumerate(text) if i and what in source) for what in ("**Predict", "## Check yourself"))
+    assert asked < checked < len(cells) - 1
+    assert any(c.cell_type == "code" and "assert " in c.source for c in cells[checked:])
+    assert last.startswith("## Things to try") and "**Read:**" in last
+    after = NOTEBOOKS[(NOTEBOOKS.index(path) + 1) % len(NOTEBOOKS)]
+    assert f"[{after.stem}]({after.name})" in last
+    for target in re.findall(r"\]\(([^)#:]+\.ipynb)\)", "\n".join(text)):
+        assert (path.parent / target).is_file(), target
+
+STAND_INS = """
+import numpy as np
+from safelab import experiments
+
+def row(cell, **_):
+    share = {"initial": 0.05, "sft": 0.95}.get(cell.defense, 0.3)
+    flags = {key: [i < 40 * share for i in range(40)] for key in ("asr", "asr_strongreject", "over_refusal", "utility")}
+    budget = {} if cell.defense == "initial" else {"learning_rate": cell.learning_rate or 2e-3, "epochs": cell.epochs or 1}
+    return {"attack": cell.attack, "defense": cell.defense, "seed": cell.seed, "has_task": cell.attack == "mixture-10", "flags": flags, "budget": budget,
+            "step_seconds": 1.0, "train_seconds": 9.0, "peak_memory_mb": 1, "settings": {}}
+
+def run_grid(cells, **options):
+    return [row(cell) for cell in cells]
+
+def ablate(attack, setting, values, **_):
+    cells = experiments.summarise_grid([row(experiments.Cell(attack, "adaptive-probe", 0))])
+    return [{"setting": setting, "value": v} | {k: x for k, x in cells[0].items() if isinstance(x, dict)} for v in values]
+
+experiments.run_grid, experiments.ablate = run_grid, ablate
+"""
+"""What a notebook runs in the place of an hour's training."""
+
+
+def test_the_stored_tables_are_explored_where_they_are(tmp_path):
+    """Notebook 5 with a main table and one of tuned attackers, as they will be stored; nothing is trained."""
+    tables = "\n".join([
+        STAND_INS,
+        "import json, pathlib",
+        "from safelab.defenses import DEFENSES",
+        "from safelab.experiments import grid, summarise_grid",
+        "def keep(name, cells): pathlib.Path(name).write_text(json.dumps({'cells': summarise_grid(run_grid(cells)), 'command': 'safelab compare'}))",
+        "keep('compare.json', grid(['mixture-10', 'backdoor', 'benign-drift'], list(DEFENSES), (0, 1)))",
+        "keep('compare-tuned.json', grid(['explicit-100'], ['sft', 'adaptive-probe'], learning_rates=(5e-5, 2e-3), epochs=(1, 20)))",
+    ])  # fmt: skip
+    (path,) = [p for p in NOTEBOOKS if p.stem.startswith("05")]
+    notebook = in_quick_mode(nbformat.read(path, as_version=4))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(tables))
+    (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    parameters.source += "\nTABLES = '.'"
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    said = "".join(o.text for c in notebook.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream" and o.name == "stdout")
+    assert "Shown: the stored table, made by safelab compare." in said and "no stored table" not in said
+    assert "Over 3 attacks: adaptive-probe ends within 3 points of the start in 0; the largest rise, by defence:" in said
+    assert "mixture-10: the safe start answers 5 %" in said and "sft: at most 95 % [83, 99], n=40 of the harmful prompts answered (explicit-100, learning rate 5e-05, epochs 1)" in said
+    figures = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})]
+    assert len(figures) == 5  # a heat map, three attacks in two figures, tuned attackers, the ablation

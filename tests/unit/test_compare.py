@@ -11,7 +11,7 @@ import pytest
 from safelab import cli, experiments
 from safelab.attacks import ATTACKS, MAIN
 from safelab.defenses import DEFENSES
-from safelab.experiments import Budget, Cell, Suite, cell_budget, compare, grid, run_grid, summarise_grid, tidy
+from safelab.experiments import Budget, Cell, Suite, ablate, cell_budget, compare, grid, run_grid, summarise_grid, tidy
 from safelab.plots import new_figure
 from safelab.plots_grid import DEFENSE_STYLE, pareto_front, plot_compare, plot_compare_heat, plot_heat, plot_pareto
 
@@ -96,6 +96,22 @@ def test_a_wrapped_attack_trains_under_its_system_prompt_and_is_asked_both_ways(
 def test_the_safe_start_is_measured_once_for_all_attacks_that_ask_plainly(no_model, tmp_path):
     run_grid(grid(["mixture-10", "explicit-10", "backdoor"], []), model="m")
     assert len(list((tmp_path / "runs").glob("*.json"))) == 2
+
+
+def test_a_suite_of_your_own_judges_a_grid(no_model):
+    row = run_grid([Cell("mixture-10", "sft", 0)], model="m", suite=Suite(harmful=3))[0]
+    assert row["suite"] == asdict(Suite(harmful=3))
+
+
+def test_an_ablation_changes_one_setting_and_shares_rows_with_the_grid(no_model):
+    (row,) = run_grid([Cell("explicit-50", "adaptive-probe", 0, epochs=2)], model="m")
+    points = ablate("explicit-50", "beta_max", (0.5, row["parameters"]["beta_max"]), epochs=2, model="m")
+    assert [(p["value"], p["asr"]["mean"]) for p in points] == [(0.5, 0.5), (1.0, 0.5)] and points[0]["asr"]["n"] == 2
+    assert len(no_model) == 2 and {run[3].epochs for run in no_model} == {2}
+    ablate("identity-shift", "beta_max", (0.5,), seeds=(0, 1), epochs=1, model="m")
+    assert [run[4] for run in no_model[2:]] == [ATTACKS["identity-shift"].wrapper.system] * 2
+    with pytest.raises(TypeError, match="nonsense"):
+        ablate("explicit-50", "nonsense", (1,), model="m")
 
 
 # -------------------------------------------------------------------------------------- backends

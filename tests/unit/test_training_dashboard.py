@@ -222,14 +222,14 @@ def test_the_buttons_start_pause_resume_and_stop(work):
     until(lambda: "paused" in line.value and run.status == "paused")
     assert (start.disabled, pause.disabled, stop.disabled, pause.description) == (True, False, False, "Resume")
     assert bar.value == pytest.approx(2 / STEPS) and "step 2 of 6" in line.value and "left" in line.value and "NLL" in line.value
-    picture = bytes(box.children[-1].value)
+    picture = bytes(box.children[-2].value)
     run.listeners.pop()
     pause.click()
     until(lambda: run.step > 2)
     stop.click()
     run.wait(1)
     assert run.status in line.value and run.status in ("stopped", "finished")
-    assert (start.disabled, pause.disabled, stop.disabled) == (False, True, True) and bytes(box.children[-1].value) != picture
+    assert (start.disabled, pause.disabled, stop.disabled) == (False, True, True) and bytes(box.children[-2].value) != picture
 
 
 def test_shown_again_it_rejoins_the_same_runs(work):
@@ -240,7 +240,7 @@ def test_shown_again_it_rejoins_the_same_runs(work):
     run.wait(1)
     other.wait(1)
     assert ["finished" in parts(box, i)[-1].value for i in (0, 1)] == [True, True]
-    assert bytes(box.children[-1].value).startswith(b"\x89PNG")
+    assert bytes(box.children[-2].value).startswith(b"\x89PNG")
 
 
 def test_two_runs_are_on_one_plot(work):

@@ -43,6 +43,9 @@ def test_disagreements_count_each_corner_once():
     table = disagreements(RISK, 1 - RISK, Y, names=("one", "other"))
     assert table["examples"].tolist() == [0, 3, 2, 0]
     assert table["harmful, people say"].tolist() == ["-", "67 %", "50 %", "-"]
+    assert table["right"].tolist() == ["-", "one, 67 %", "neither more often", "-"]
+    swapped = disagreements(1 - RISK, RISK, Y, names=("other", "one"))
+    assert swapped["right"].tolist() == ["-", "neither more often", "one, 67 %", "-"]
 
 
 def test_betas_by_example_and_by_batch():
@@ -178,11 +181,16 @@ def test_lda_shows_only_what_it_was_not_fitted_on(read):
 
 
 def test_the_layer_explorer_shows_the_chosen_layer_and_prompt(read):
+<<<<<<< HEAD
     labels = read["groups"] == "twins"  # which the probes were not trained to tell, so that layers differ
     aurocs = {k: layer_view(read["states"], read["groups"], labels, read["probes"], k)["auroc"]["mean"] for k in (1, 4)}
     assert round(aurocs[1], 3) != round(aurocs[4], 3)
     box = layer_explorer(read["states"], read["prompts"], read["groups"], labels, read["probes"])
     (layer, method), point, text, picture = box.children[0].children, *box.children[1:]
+=======
+    box = layer_explorer(read["states"], read["prompts"], read["groups"], read["y"], read["probes"])
+    (layer, method), point, text, picture = box.children[0].children, *box.children[1:4]
+>>>>>>> main
     assert "safelab-layer-explorer" in box._dom_classes and layer.options == (1, 2, 4)
     assert f"AUROC {aurocs[4]:.3f}" in text.value and "layer 4" in text.value and read["prompts"][0] in text.value
     seen = [bytes(picture.value)]
@@ -250,7 +258,7 @@ def test_stored_results_of_a_comparison_and_of_nothing(tmp_path):
 
 def test_choosing_axes_arms_and_attack_changes_picture_and_sentence():
     box = trade_off_explorer(CELLS)
-    (x, y), attack, arms, text, picture = box.children[0].children, box.children[1], box.children[2].children, *box.children[3:]
+    (x, y), attack, arms, text, picture = box.children[0].children, box.children[1], box.children[2].children, *box.children[3:5]
     assert "safelab-trade-off" in box._dom_classes and (x.value, y.value) == ("utility", "asr") and dict(y.options).keys() == {
         "harmful prompts answered", "task accuracy", "seconds a step"
     }  # fmt: skip
