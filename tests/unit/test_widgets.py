@@ -181,16 +181,11 @@ def test_lda_shows_only_what_it_was_not_fitted_on(read):
 
 
 def test_the_layer_explorer_shows_the_chosen_layer_and_prompt(read):
-<<<<<<< HEAD
     labels = read["groups"] == "twins"  # which the probes were not trained to tell, so that layers differ
     aurocs = {k: layer_view(read["states"], read["groups"], labels, read["probes"], k)["auroc"]["mean"] for k in (1, 4)}
     assert round(aurocs[1], 3) != round(aurocs[4], 3)
     box = layer_explorer(read["states"], read["prompts"], read["groups"], labels, read["probes"])
-    (layer, method), point, text, picture = box.children[0].children, *box.children[1:]
-=======
-    box = layer_explorer(read["states"], read["prompts"], read["groups"], read["y"], read["probes"])
     (layer, method), point, text, picture = box.children[0].children, *box.children[1:4]
->>>>>>> main
     assert "safelab-layer-explorer" in box._dom_classes and layer.options == (1, 2, 4)
     assert f"AUROC {aurocs[4]:.3f}" in text.value and "layer 4" in text.value and read["prompts"][0] in text.value
     seen = [bytes(picture.value)]
