@@ -52,7 +52,7 @@ def layer_explorer(states: Activations, prompts: list[str], groups, harmful, pro
     views: dict[tuple, dict] = {}  # UMAP takes seconds
     layers = [layer for layer in states.layers if layer in probes]
     layer = w.SelectionSlider(options=layers, value=layers[-1], description="layer", continuous_update=False)
-    method = w.Dropdown(options=[(m.upper(), m) for m in METHODS], description="projection")
+    method = w.Dropdown(options=[(m.upper(), m) for m in METHODS if m != "lda" or len(np.unique(groups)) > 2], description="projection")
     point = w.IntSlider(0, min=0, max=len(prompts) - 1, description="prompt", continuous_update=False, layout=w.Layout(width="480px"))
     text, picture = w.HTML(), w.Image(format="png", layout=w.Layout(height="420px", width="640px", object_fit="contain"))
 

@@ -35,7 +35,7 @@ def schedule_designer(risk: np.ndarray, harmful: np.ndarray):
     from safelab.schedules import GRANULARITIES, KINDS
     from safelab.widgets.parts import named_box, png
 
-    bounds = w.FloatRangeSlider(value=(0.1, 0.9), min=0.0, max=1.0, step=0.05, description="beta bounds", continuous_update=False)
+    bounds = w.FloatRangeSlider(value=(0.1, 0.9), min=0.0, max=1.0, step=0.05, description="bounds", continuous_update=False)
     kind = w.Dropdown(options=KINDS, description="kind")
     granularity = w.Dropdown(options=[g for g in GRANULARITIES if g != "token"], description="granularity")
     threshold = w.FloatSlider(0.5, min=0.0, max=1.0, step=0.05, description="threshold", continuous_update=False)

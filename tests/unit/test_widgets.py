@@ -180,6 +180,11 @@ def test_lda_shows_only_what_it_was_not_fitted_on(read):
     assert view["shown"].tolist() == ([False] * 4 + [True] * 4) * 5  # of each group every second one
 
 
+def test_two_groups_are_not_offered_lda(read):
+    box = layer_explorer(read["states"], read["prompts"], read["y"], read["y"], read["probes"])
+    assert [name for name, _ in box.children[0].children[1].options] == ["PCA", "UMAP"]
+
+
 def test_the_layer_explorer_shows_the_chosen_layer_and_prompt(read):
     labels = read["groups"] == "twins"  # which the probes were not trained to tell, so that layers differ
     aurocs = {k: layer_view(read["states"], read["groups"], labels, read["probes"], k)["auroc"]["mean"] for k in (1, 4)}
