@@ -188,7 +188,7 @@ def small_cell(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
     return partial(run_cell, "attack", DATA, SFT(), 0, model="m", budget=Budget(rank=2, batch_size=2), suite=Suite())
 
 
-def test_the_row_of_a_stopped_run_is_not_kept_and_that_of_a_whole_one_is(small_cell):
+def test_the_row_of_a_stopped_run_is_not_kept_and_that_of_a_whole_one_is(small_cell, tmp_path):
     run = run_of("one", lambda callbacks, again: small_cell(callbacks=callbacks, force=again))
     hold_at(run, 2)
     run.start()
@@ -197,6 +197,7 @@ def test_the_row_of_a_stopped_run_is_not_kept_and_that_of_a_whole_one_is(small_c
     run.stop()
     row = run.wait(1)
     assert row["stopped"] == "stopped after step 2 of 6" and row["flags"] == {"asr": [0, 1]}
+    assert not list((tmp_path / "runs").glob("*.json"))
     whole = run.start().wait(1)
     assert len(whole["history"]) == STEPS and whole["train_seconds"] is None  # pauses are no cost of the method
     assert small_cell() == whole | {"cached": True}
