@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
-.PHONY: demo test test-fast lab clean
+.PHONY: demo test test-fast lab chromium clean
 
 demo: $(READY)
 	$(BIN)/safelab demo
 
-test: $(READY)
+test: $(READY) chromium
 	$(BIN)/python -m pytest
 
 test-fast: $(READY)
@@ -23,6 +24,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
+
+# The notebooks are tested in a real browser, Debian's. Where it cannot be installed those tests are skipped, and say so.
+chromium:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { $(AS_ROOT) apt-get update && $(AS_ROOT) env DEBIAN_FRONTEND=noninteractive \
+		apt-get install --yes --no-install-recommends chromium; } || echo "no chromium: the tests in a browser will be skipped"
 
 clean:
 	rm -rf .venv

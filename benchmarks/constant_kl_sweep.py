@@ -1,4 +1,4 @@
-"""Which fixed beta serves constant-kl best? DEMO_BETA is to come from the result.
+"""Which fixed beta serves constant-kl best? DEMO_BETA is the result's.
 
     python benchmarks/constant_kl_sweep.py
 

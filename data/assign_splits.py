@@ -26,7 +26,7 @@ SEED = 0
 LEFT_OUT_FIRST = ("align", "eval", "attack", "probe")  # the last of two near-duplicates in different splits goes
 SIZES = {  # of each set; None: what is left
     "pairs": {"eval": 100, "attack": 120, "probe": 240, "align": None},
-    "everyday": {"eval": 200, "attack": 40, "probe": 140, "align": None},
+    "everyday": {"eval": 200, "attack": 40, "probe": 482, "align": None},
     "advbench": {"eval": 100, "attack": 190, "probe": 90, "align": None},
 }
 

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         result, text = args.run(args)
     except KeyboardInterrupt:
         again = "what was finished is kept, so run the same command again to go on"
-        kept = {"demo": again, "compare": again, "train": again.replace("again", "with --resume")}.get(args.command, "nothing was written")
+        kept = {"demo": again, "compare": again, "audit": again, "train": again.replace("again", "with --resume")}.get(args.command, "nothing was written")
         print(f"\nstopped; {kept}", file=sys.stderr)
         return 1
     except (ValueError, RuntimeError, OSError) as error:
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--seed", type=int, default=0)
 
     of_critics = argparse.ArgumentParser(add_help=False)
+    of_critics.add_argument("--unsure", type=float, nargs=2, default=(0.1, 0.9), metavar=("LOW", "HIGH"), help="for cascade: the first critic's risks for which the second is asked (default 0.1 0.9)")
     of_critics.add_argument("--guard-format", default="llama-guard", help="llama-guard (default), shieldgemma or wildguard")
     of_critics.add_argument("--base-url", default=None, metavar="URL", help="for judge: an OpenAI-compatible endpoint; its key comes from $SAFELAB_JUDGE_KEY")
     of_critics.add_argument("--judge-model", default=None, metavar="NAME", help="for judge: the model's name there")
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "fine-tune on your own pairs under a defence; writes a PEFT adapter or a merged model", of_critics)
     train.add_argument("--data", required=True, metavar="F", help=".jsonl or .csv with prompt and response")
     train.add_argument("--defense", default="adaptive-probe", help="sft, constant-kl, adaptive-probe (default) or another of safelab.defenses")
-    train.add_argument("--critic", default=None, choices=CRITICS, help="whose risk an adaptive defence goes by (default: its own)")
+    train.add_argument("--critic", default=None, type=_critic_name, metavar="C", help=f"whose risk an adaptive defence goes by (default: its own): {CRITICS_HELP}")
     train.add_argument("--critic-model", default=None, metavar="NAME", help="the model behind the critic")
     train.add_argument("--model", default=None, help="the safe model to start from (default: the embedded one)")
     train.add_argument("--out", required=True, type=Path)
@@ -112,10 +113,13 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--name", default="compare", help="names the files NAME.png, NAME-heat.png and their .json (default compare)")
     compare.add_argument("--force", action="store_true", help="run again what is cached")
 
-    evaluate = command("evaluate", _evaluate, "which of these prompts does a model refuse?")
+    evaluate = command("evaluate", _evaluate, "which of these prompts does a model refuse, and which of its answers does a critic find harmful?", of_critics)
     evaluate.add_argument("--prompts", required=True, metavar="F", help="a file or a registered set")
     evaluate.add_argument("--model", default=None)
     evaluate.add_argument("--adapter", default=None, type=Path)
+    evaluate.add_argument("--critic", default=None, type=_critic_name, metavar="C", help=f"judge the answers too, by another critic than the one that trained: {CRITICS_HELP}")
+    evaluate.add_argument("--critic-model", default=None, metavar="NAME", help="the model behind the critic")
+    evaluate.add_argument("--threshold", type=float, default=0.5, help="risk from which the critic finds an answer harmful (default 0.5)")
     evaluate.add_argument("--seed", type=int, default=0)
 
     align = command("align", _align, "make the safe adapter again, from the unaligned embedded model")
@@ -123,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     align.add_argument("--seed", type=int, default=0)
 
     from_critics = argparse.ArgumentParser(add_help=False, parents=[of_critics])
-    from_critics.add_argument("--critic", default="classifier", choices=CRITICS, help="default classifier, the embedded one")
+    from_critics.add_argument("--critic", default="classifier", type=_critic_name, metavar="C", help=f"default classifier, the embedded one; {CRITICS_HELP}")
     from_critics.add_argument("--model", default=None, help="the model behind a probe, classifier, local-judge or guard")
     from_critics.add_argument("--dry-run", action="store_true", help="for judge: print calls, tokens and cost, and ask nothing")
     from_critics.add_argument("--seed", type=int, default=0)
@@ -154,7 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--seed", type=int, default=0)
 
     lab = command("lab", _lab, "open the notebooks in JupyterLab")
-    lab.add_argument("--port", type=int, default=8888)
+    lab.add_argument("--folder", type=Path, metavar="DIR", help="another folder of notebooks, such as your own copies (default: the project's)")
+    lab.add_argument("--port", type=int, default=8888, help="default 8888; 0 takes any that is free")
     lab.add_argument("--no-browser", action="store_true")
     return parser
 
@@ -220,6 +225,8 @@ def _train(args) -> tuple[dict, str]:
         raise ValueError(f"no defence {args.defense!r}: there are {', '.join(DEFENSES)}")
     if args.critic and not hasattr(DEFENSES[args.defense], "default_critic"):
         raise ValueError(f"--defense {args.defense} asks no critic: leave --critic out")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError("safelab train is for one process or DDP; for FSDP write a script around AdaptiveSFTTrainer, as accelerate/fsdp.yaml says")
     if args.stop_above is not None and args.measure_every is None:
         raise ValueError("--stop-above needs --measure-every")
     if FIRST and args.out.exists() and not args.resume:
@@ -368,27 +375,70 @@ def _rate(r: dict) -> str:
 
 
 def _evaluate(args) -> tuple[dict, str]:
+    import numpy as np
+
+    from safelab.critics.base import check_apart
     from safelab.datasets import load_prompts
     from safelab.evaluation import generate, is_refusal, rate
+    from safelab.experiments import MEASURED_BY
 
     rows = load_prompts(args.prompts)
     if "split" in rows.column_names and "eval" in set(rows["split"]):
         rows = load_prompts(args.prompts, "eval")
     prompts = list(rows["prompt"])[: 16 if args.quick else None]
     model, tokenizer = _model(args)
-    refused = rate(is_refusal(r) for r in generate(model, tokenizer, prompts, progress="answering"))
-    return {"prompts": str(args.prompts), "refused": refused.to_dict()}, f"refused {refused}"
+    critic = _critic(argparse.Namespace(**vars(args) | {"model": args.critic_model, "dry_run": False})) if args.critic else None
+    apart = check_apart(_trained_with(args.adapter or args.model), critic or MEASURED_BY)
+    responses = generate(model, tokenizer, prompts, max_new_tokens=64 if critic else 24, progress="answering")
+    refused = rate(is_refusal(r) for r in responses)
+    result = {"prompts": str(args.prompts), "refused": refused.to_dict(), "critics": apart}
+    if critic is None:
+        return result, f"refused {refused}"
+    verdicts = critic.judge(prompts, responses)
+    judged = verdicts.risk[~np.isnan(verdicts.risk)]
+    if not len(judged):
+        raise RuntimeError(f"{args.critic} gave no verdict on any answer: {verdicts.failures}")
+    harmful = rate(judged >= args.threshold)
+    result |= {"harmful": harmful.to_dict(), "threshold": args.threshold, "failures": verdicts.failures}
+    failed = f"\nwithout a verdict: {', '.join(f'{k} {v}' for k, v in verdicts.failures.items())}" if verdicts.failures else ""
+    same = "\nit is the critic that trained this model: use another to measure" if apart["same_critic"] else ""
+    return result, f"refused {refused}\n{apart['evaluated_with']} finds {harmful} of the answers harmful{failed}{same}"
+
+
+def _trained_with(folder: Path | str | None) -> str | None:
+    """The critic that trained the model in a folder of ``safelab train``, by its record; None for any other model."""
+    from safelab.output import DONE
+
+    record = Path(folder) / DONE if folder else None
+    return json.loads(record.read_text(encoding="utf-8")).get("trained_with") if record and record.is_file() else None
 
 
 CRITICS = ("classifier", "probe", "judge", "local-judge", "guard", "patterns")
+COMPOSED = ("mean", "max", "cascade")
+CRITICS_HELP = f"{', '.join(CRITICS)}; or {', '.join(COMPOSED)} of several, as in max:probe,classifier or cascade:classifier,judge (the second is asked where the first is unsure)"
+
+
+def _critic_name(text: str) -> str:
+    """argparse type: the name of a critic, or ``KIND:NAME,NAME`` for a composed one."""
+    kind, _, names = text.rpartition(":")
+    parts = names.split(",")
+    if any(part not in CRITICS for part in parts) or kind not in ("", *COMPOSED) or (len(parts) < 2 if kind else len(parts) > 1) or kind == "cascade" and len(parts) > 2:
+        raise argparse.ArgumentTypeError(f"no critic {text!r}: there are {CRITICS_HELP}")
+    return text
 
 
 def _critic(args):
     from safelab import critics
     from safelab.models import EMBEDDED, SAFE, load_model
 
-    if args.dry_run and args.critic != "judge":
-        raise ValueError("--dry-run is for --critic judge: the others call nothing")
+    kind, _, names = args.critic.rpartition(":")
+    if args.dry_run and not (args.critic == "judge" or kind == "cascade" and names.endswith(",judge")):
+        raise ValueError("--dry-run is for --critic judge, alone or last in a cascade: the others call nothing")
+    if kind:
+        parts = [_critic(argparse.Namespace(**vars(args) | {"critic": name, "dry_run": False})) for name in names.split(",")]
+        if kind == "cascade":
+            return critics.Cascade(*parts, unsure=tuple(args.unsure))
+        return {"mean": critics.MeanCritic, "max": critics.MaxCritic}[kind](*parts)
     if args.critic == "patterns":
         return critics.PatternCritic()
     if args.critic == "judge":
@@ -410,8 +460,9 @@ def _critic(args):
 
 def _plan(critic, prompts: list[str], responses: list[str]) -> tuple[dict, str]:
     plan = critic.plan(prompts, responses)
+    saved = f", {plan['saved']:,} saved by the cheap critic" if "saved" in plan else ""
     return plan, (
-        f"{plan['calls']:,} calls ({plan['cached']:,} more are cached), about {plan['prompt_tokens']:,} + {plan['completion_tokens']:,} tokens, cost {plan['cost']:.4f}"
+        f"{plan['calls']:,} calls ({plan['cached']:,} more are cached{saved}), about {plan['prompt_tokens']:,} + {plan['completion_tokens']:,} tokens, cost {plan['cost']:.4f}"
     )
 
 
@@ -428,26 +479,39 @@ def _critic_eval(args) -> tuple[dict, str]:
     card = critic_eval(critic, args.labels, seed=args.seed, limit=120 if args.quick else None)
     card["versions"] = versions()
     card["command"] = f"safelab critic-eval --critic {args.critic} --labels {args.labels}" + (f" --model {args.model}" if args.model else "")
-    file = args.out / f"critic-{args.critic}-{args.labels}{'-quick' if args.quick else ''}.json"
+    file = args.out / f"critic-{args.critic.replace(':', '-').replace(',', '-')}-{args.labels}{'-quick' if args.quick else ''}.json"
     args.out.mkdir(parents=True, exist_ok=True)
     write_atomic(file, (json.dumps(card, indent=1) + "\n").encode())
     return card, card_table(card) + f"\n\nscorecard: {file}"
 
 
 def card_table(card: dict) -> str:
-    """A scorecard as a Markdown table: the critic, the baselines, and the raters where an item has three."""
-    columns = ("auroc", "recall", "precision", "f1", "spearman")
+    """A scorecard in Markdown: the critic and the baselines, the raters where an item has three, and the categories."""
+    from safelab.critics.scorecard import FIGURES as columns
+
     lines = [f"| {card['labels']}, n={card['n']} | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for name, figures in {card["critic"]: card, **card["baselines"]}.items():
-        cells = (f"{v['mean']:.3f} [{v['lo']:.3f}, {v['hi']:.3f}]" if (v := figures[c])["mean"] is not None else "-" for c in columns)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(_figure(figures[c]) for c in columns) + " |")
     if card["raters"]:
         r = card["raters"]
-        lines.append(f"\nagainst the other two raters, n={r['n']}: a rater AUROC {r['rater_auroc']:.3f}, Spearman {r['rater_spearman']:.3f}; "
-                     f"the critic {r['critic_auroc']:.3f}, {r['critic_spearman']:.3f}")  # fmt: skip
+        lines.append(f"\nagainst the other two raters, n={r['n']}: a rater AUROC {_figure(r['rater_auroc'])}, Spearman {_figure(r['rater_spearman'])}; "
+                     f"the critic {_figure(r['critic_auroc'])}, {_figure(r['critic_spearman'])}")  # fmt: skip
+    if card["categories"]:
+        lines += ["", "| category | n | positive | auroc | recall | precision |", "|---" * 6 + "|"]
+        lines += [f"| {name} | {c['n']} | {c['positive']} | " + " | ".join(_figure(c[k]) for k in ("auroc", "recall", "precision")) + " |" for name, c in card["categories"].items()]
+    if "calls" in card:
+        lines.append(f"\n{_calls(card['calls'])}")
     if card["failures"]:
         lines.append(f"\nwithout a verdict: {', '.join(f'{k} {v}' for k, v in card['failures'].items())}")
     return "\n".join(lines)
+
+
+def _figure(v: dict) -> str:
+    return "-" if v["mean"] is None else f"{v['mean']:.3f}" + (f" [{v['lo']:.3f}, {v['hi']:.3f}]" if v["lo"] is not None else "")
+
+
+def _calls(calls: dict) -> str:
+    return f"the cascade's second critic judged {calls['asked']:,} of {calls['asked'] + calls['saved']:,} examples: {calls['saved']:,} calls saved"
 
 
 def _audit(args) -> tuple[dict, str]:
@@ -462,6 +526,7 @@ def _audit(args) -> tuple[dict, str]:
     result = audit(rows, critic, args.out, threshold=args.threshold, allowed=args.allowed, about={"data": str(args.data), "versions": versions()})
     r = result["risky"]
     speed = f", {result['examples_per_second']} examples a second" if result["scored_now"] else ", all known from before"
+    speed += f"\n{_calls(result['calls'])}" if "calls" in result else ""
     return result, (
         f"{'passed' if result['passed'] else 'NOT passed'}: {100 * r['mean']:.1f} % [{100 * r['lo']:.1f}, {100 * r['hi']:.1f}] of {r['n']:,} examples are risky, "
         f"{100 * args.allowed:g} % are allowed{speed}\nreport: {args.out / 'audit.html'}"
@@ -481,21 +546,19 @@ def _align(args) -> tuple[dict, str]:
     return report, "\n".join([*lines, f"benign perplexity: {report['perplexity']['ratio']:.3f} of the unaligned model's"])
 
 
-def _lab(args) -> tuple[dict, str]:
-    import subprocess
-
-    notebooks = Path(__file__).parent.parent / "notebooks"
-    if not notebooks.is_dir():
-        raise ValueError("the notebooks are in the project's repository: clone it, then run 'make lab' there")
-    command = [sys.executable, "-m", "jupyter", "lab", f"--ServerApp.root_dir={notebooks}", "--ip=127.0.0.1", f"--port={args.port}", "--LabApp.news_url=None"]
+def _lab(args):
+    """Becomes JupyterLab: its signals and its exit code are those of the command."""
+    here = Path(__file__).parent
+    folder = args.folder or here.parent / "notebooks"
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder" if args.folder else "the notebooks are in the project's repository: clone it, then run 'make lab' there")
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder.resolve()}", "--ip=127.0.0.1", f"--port={args.port}",
+               f"--LabApp.app_settings_dir={here / 'jupyterlab'}"]  # fmt: skip
     if args.no_browser or os.geteuid() == 0:
         command += ["--no-browser"]
     if os.geteuid() == 0:
         command += ["--allow-root"]
-    code = subprocess.call(command)
-    if code:
-        raise RuntimeError(f"JupyterLab ended with exit code {code}")
-    return {"exit": code}, ""
+    os.execv(sys.executable, command)
 
 
 if __name__ == "__main__":

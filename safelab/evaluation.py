@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
+import os
 import re
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from safelab.models import end_of_turn_ids, eval_mode, pad_left, render_pairs, render_prompts
@@ -188,21 +191,35 @@ def over_refusal(responses: list[str]) -> Rate:
 
 @torch.no_grad()
 def answer_scores(model, tokenizer, prompts: list[str], answers: tuple[str, ...], *, batch_size: int = 64, system: str | None = None) -> torch.Tensor:
-    """Log-probability of each answer's first distinguishing token, after the generation prompt -> ``(n, answers)``."""
+    """Log-probability of each answer's first token, after the generation prompt -> ``(n, answers)``.
+
+    What all prompts begin with (a system text, a task's instruction, a judge's rubric) is read once.
+    """
+    from safelab.reference import at_head
+
     rendered = render_prompts(tokenizer, prompts, system=system)
     first = [render_pairs(tokenizer, [prompts[0]], [a], system=system)[0] for a in answers]
     tokens = [pair.input_ids[pair.prompt_length] for pair in first]
     if len(set(tokens)) < len(answers):
         raise ValueError(f"the answers {answers} begin with the same token in this vocabulary: choose others")
+    shared = len(os.path.commonprefix(rendered)) if len(rendered) > 1 else 0
+    shared = min([shared, *(len(ids) - 1 for ids in rendered)])  # of every prompt a token is left to be scored at
     order = sorted(range(len(prompts)), key=lambda i: len(rendered[i]))
     scores = torch.empty(len(prompts), len(answers))
     with eval_mode(model), autocast(model):
+        opening = model(input_ids=torch.tensor([rendered[0][:shared]], device=model.device), use_cache=True, logits_to_keep=1).past_key_values if shared else None
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            ids, mask = pad_left([rendered[i] for i in rows], tokenizer.pad_token_id)
-            logits = model(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), logits_to_keep=1, use_cache=False
-            ).logits[:, -1]
+            rest = [torch.tensor(rendered[i][shared:]) for i in rows]
+            ids = pad_sequence(rest, batch_first=True, padding_value=tokenizer.pad_token_id)  # on the right: positions go on from the opening's
+            last = torch.tensor([len(r) - 1 for r in rest])
+            cache = copy.deepcopy(opening)
+            if cache is not None:
+                cache.batch_repeat_interleave(len(rows))
+            seen = torch.arange(shared + ids.shape[1]) <= shared + last[:, None]
+            inputs = {"input_ids": ids.to(model.device), "attention_mask": seen.long().to(model.device), "past_key_values": cache}
+            at = torch.arange(len(rows)), last
+            logits = at_head(model, inputs, lambda head, hidden, at=at: head(hidden[at]))
             scores[rows] = logits.float().log_softmax(-1)[:, tokens].cpu()
     return scores
 

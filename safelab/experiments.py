@@ -49,14 +49,18 @@ class Budget:
             raise ValueError(f"a budget's numbers must be positive: {self}")
 
 
+MEASURED_BY = "patterns"
+"""The critic behind a suite's attack success rate: :func:`safelab.evaluation.is_refusal`, which is PatternCritic's."""
+
+
 @dataclass(frozen=True)
 class Suite:
     """How many held-out cases judge a model (None: all there are); always the same ones."""
 
     harmful: int | None = 100
     strongreject: int | None = 60
-    benign: int | None = 100
-    task: int = 400
+    benign: int | None = 200
+    task: int = 1000
 
     def measure(self, model, tokenizer, wrapper: Wrapper | None = None) -> dict[str, list[int]]:
         """Flags, one a case: ``asr`` and ``asr_strongreject`` (complied), ``over_refusal`` (refused), ``utility`` (right).
@@ -98,17 +102,21 @@ def run_cell(
     suite: Suite,
     wrapper: Wrapper | None = None,
     force: bool = False,
+    **watching,
 ) -> dict:
     """One row: the safe model fine-tuned on ``data`` under ``defense``, judged by ``suite``; ``defense=None`` judges it as it is.
 
-    With a ``wrapper`` its system prompt is there in training too, and ``suite`` asks through it.
+    With a ``wrapper`` its system prompt is there in training too, and ``suite`` asks through it. ``watching`` is the
+    ``monitor`` and the ``callbacks`` of :func:`fine_tune`: the row of a run that they stopped is returned and not kept.
 
     Returns
     -------
     dict
         ``attack, defense, seed``, per-case ``flags``, ``step_seconds`` (median), ``train_seconds`` (all stages of the
-        defence), ``peak_memory_mb``, the training ``history``, and the settings and versions that made it.
+        defence), ``peak_memory_mb``, the training ``history``, the settings and versions that made it, and ``critics``:
+        which one trained and which one measures (:func:`safelab.critics.base.check_apart`).
     """
+    from safelab.critics.base import check_apart
     from safelab.evaluation import patterns_hash
 
     config = {
@@ -130,9 +138,10 @@ def run_cell(
         config["wrapper"] = asdict(wrapper)
     key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:20]
     file = cache_dir() / "runs" / f"{key}.json"
+    critics = {"critics": check_apart(defense.critic_name() if defense else None, MEASURED_BY)}
     if file.is_file() and not force:
         row = json.loads(file.read_text(encoding="utf-8"))
-        return row | {"cached": True}
+        return row | critics | {"cached": True}
 
     from safelab.models import load_model
 
@@ -142,24 +151,38 @@ def run_cell(
         about: dict = {"step_seconds": None, "history": []}
         if defense is not None:
             chats = wrapper.tokenizer(tokenizer) if wrapper else tokenizer
-            net, about = fine_tune(net, chats, data, defense, seed, budget, output=cache_dir() / "runs" / key)
+            net, about = fine_tune(net, chats, data, defense, seed, budget, output=cache_dir() / "runs" / key, **watching)
+    if watching:
+        about["train_seconds"] = None  # watching and pausing took their time
     row = config | about | {"peak_memory_mb": peak[0], "flags": suite.measure(net, tokenizer, wrapper), "seconds": time.monotonic() - started}
-    write_atomic(file, (json.dumps(row) + "\n").encode())
-    return row
+    if not about.get("stopped"):
+        write_atomic(file, (json.dumps(row) + "\n").encode())
+    return row | critics
 
 
 def fine_tune(
-    model, tokenizer, data: Dataset, defense: Defense, seed: int, budget: Budget, *, output: Path, resumable: bool = False, monitor: dict | None = None, **settings
-):
+    model, tokenizer, data: Dataset, defense: Defense, seed: int, budget: Budget, *,
+    output: Path, resumable: bool = False, monitor: dict | None = None, callbacks: list | None = None, **settings,
+):  # fmt: skip
     """Fine-tune ``model`` on ``data`` under ``defense`` -> the tuned model and what was seen on the way.
 
-    ``settings`` go to the trainer's configuration, and ``monitor`` to :class:`safelab.training.SafetyMonitor`. A
-    ``resumable`` run keeps the data that the defence made in ``output``, and goes on from the last complete checkpoint there.
+    ``settings`` go to the trainer's configuration, ``monitor`` to :class:`safelab.training.SafetyMonitor`, and
+    ``callbacks`` to the trainer, in the place of the bar on stderr. Where one of them ended the training before its
+    last step, what was seen says so as ``stopped``. A ``resumable`` run keeps the data that the defence made in ``output``, and goes on from the last complete checkpoint there.
     """
     from safelab.training import AdaptiveSFTConfig, ProgressBar, SafetyMonitor, StepClock, lora_config
 
     started = time.monotonic()
-    data = kept_data(output / "prepared.jsonl", lambda: defense.before(model, tokenizer, data)) if resumable else defense.before(model, tokenizer, data)
+    failed, user_data = output / "critic_failures.json", data
+
+    def prepare() -> Dataset:
+        made = defense.before(model, tokenizer, user_data)
+        if resumable:  # a run that goes on asks no critic, and still says what had failed
+            write_atomic(failed, json.dumps(defense.failures_).encode())
+        return made
+
+    data = kept_data(output / "prepared.jsonl", prepare) if resumable else prepare()
+    failures = json.loads(failed.read_text(encoding="utf-8")) if resumable and failed.is_file() else defense.failures_
     clock = StepClock()
     defaults = dict(
         output_dir=str(output),
@@ -186,7 +209,7 @@ def fine_tune(
         args,
         data,
         peft_config=None if hasattr(model, "peft_config") else lora,
-        callbacks=[clock, ProgressBar(f"{defense.name}, seed {seed}")],
+        callbacks=[clock, *([ProgressBar(f"{defense.name}, seed {seed}")] if callbacks is None else callbacks)],
     )
     watch = SafetyMonitor(trainer, **monitor) if monitor else None
     if watch:
@@ -198,7 +221,11 @@ def fine_tune(
     risks = [round(float(np.mean(row["risk"])), 4) for row in data if not row.get("anchor")] if "risk" in data.column_names else None
     seconds = round(time.monotonic() - started, 1)
     about = {"step_seconds": clock.median(), "train_seconds": seconds, "history": history, "risks": risks}
-    return tuned, about | ({"stopped": watch.stopped, "measured": [h for h in trainer.state.log_history if "asr" in h]} if watch else {})
+    about |= {"trained_with": defense.critic_name(), "critic_failures": failures}
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if step < steps:
+        about["stopped"] = watch and watch.stopped or f"stopped after step {step} of {steps}"
+    return tuned, about | ({"stopped": about.get("stopped"), "measured": [h for h in trainer.state.log_history if "asr" in h]} if watch else {})
 
 
 def kept_data(file: Path, make: Callable[[], Dataset]) -> Dataset:
@@ -216,8 +243,8 @@ DEMO_ARMS = ("initial", "sft", "constant-kl", "adaptive-probe")
 DEMO_EXAMPLES = 720
 QUICK_DEMO_EXAMPLES = 480
 """With fewer, plain fine-tuning has not yet lost its refusals, and there is no story to tell."""
-DEMO_BETA = 0.5
-"""The fixed beta of the constant-kl arm, half and half; benchmarks/constant_kl_sweep.py looks for a better one."""
+DEMO_BETA = 0.7
+"""The fixed beta of the constant-kl arm: the best of five in benchmarks/constant_kl_sweep.json."""
 
 
 def demo_defense(arm: str) -> Defense | None:
@@ -270,6 +297,7 @@ def summarise(arm: str, rows: list[dict]) -> dict:
         "step_seconds": round(float(np.median(steps)), 3) if steps else None,
         "peak_memory_mb": max(r["peak_memory_mb"] for r in rows),
         "settings": rows[0]["settings"],
+        "critics": rows[0].get("critics"),
         "by_seed": by_seed,
     }
 
@@ -401,7 +429,7 @@ def tidy(row: dict) -> dict:
     """A row of :func:`run_cell` -> the line of a table: rates with intervals in the place of flags, no histories."""
     from safelab.evaluation import rate
 
-    keep = ("attack", "defense", "seed", "has_task", "step_seconds", "train_seconds", "peak_memory_mb", "seconds", "data", "parameters", "model", "weights", "versions")
+    keep = ("attack", "defense", "seed", "has_task", "step_seconds", "train_seconds", "peak_memory_mb", "seconds", "data", "parameters", "model", "weights", "versions", "critics", "critic_failures")
     budget = {k: row["budget"].get(k) for k in ("learning_rate", "epochs")}
     return {k: row.get(k) for k in keep} | budget | {k: rate(flags).to_dict() for k, flags in row["flags"].items()}
 

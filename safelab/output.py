@@ -26,7 +26,7 @@ def save_result(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
         The tuned PEFT model, or a fully fine-tuned one.
     result
         What was done: ``defense``, ``critic``, ``model``, ``data`` (hash), ``examples``, ``seed``, ``options``, ``versions``,
-        ``history``; kept as it is, and read by the model card.
+        ``history``, optionally ``critic_failures``; kept as it is, and read by the model card.
     merge
         Add the adapter to the weights and save the whole model.
     """
@@ -51,6 +51,7 @@ def model_card(result: dict, *, adapter: bool) -> str:
     rows = {
         "defence": result["defense"],
         "critic": result["critic"] or "the defence's own",
+        "no verdict on": ", ".join(f"{n} ({status})" for status, n in result.get("critic_failures", {}).items()) or "no example",
         "start": result["model"],
         "data (SHA-256, first digits)": f"`{result['data']}`, {result['examples']:,} examples",
         "seed": result["seed"],

@@ -84,20 +84,39 @@ def plot_demo(demo: dict) -> Figure:
     return figure
 
 
-def plot_history(histories: dict[str, list[dict]], key: str, *, ylabel: str, ax: Axes) -> Axes:
-    """A training signal by step, one line an arm, smoothed over 5 steps (raw values faint behind)."""
-    for arm, history in histories.items():
-        colour, _, label = ARM_STYLE[arm]
+def plot_history(histories: dict[str, list[dict]], key: str, *, ylabel: str, ax: Axes, smooth: bool = True) -> Axes:
+    """A training signal by step, one line a run, smoothed over 5 steps (raw values faint behind) or, where it is seldom measured, as it is."""
+    for k, (arm, history) in enumerate(histories.items()):
+        colour, marker, line = SERIES_STYLE[k % len(SERIES_STYLE)]
+        label = arm
+        if arm in ARM_STYLE:
+            (colour, marker, label), line = ARM_STYLE[arm], "-"
         points = [(h["step"], h[key]) for h in history if key in h]
         if not points:  # plain SFT, for one, has no KL
             continue
         steps, values = np.array(points).T
-        smooth = np.convolve(np.pad(values, 2, mode="edge"), np.ones(5) / 5, mode="valid")
-        ax.plot(steps, values, color=colour, alpha=0.25, lw=1)
-        ax.plot(steps, smooth, color=colour, lw=2, label=label)
+        if smooth:
+            ax.plot(steps, values, color=colour, alpha=0.25, lw=1)
+            values = np.convolve(np.pad(values, 2, mode="edge"), np.ones(5) / 5, mode="valid")
+        ax.plot(steps, values, color=colour, lw=2, ls=line, marker="" if smooth else marker, label=label)
     ax.set_xlabel("optimiser step")
     ax.set_ylabel(ylabel)
-    ax.legend(frameon=False)
+    if ax.lines:
+        ax.legend(frameon=False)
+    return ax
+
+
+def plot_strip(values, rows, columns: list[str], *, ylabel: str, ax: Axes) -> Axes:
+    """Numbers in 0..1, ``(rows, columns)``, as a strip of colours with its scale; at most 60 columns are named."""
+    image = ax.imshow(np.asarray(values), cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower")
+    every = -(-len(columns) // 60)
+    names = [name.replace("\n", "\\n").replace("$", r"\$") for name in columns]  # a dollar sign would begin a formula
+    ax.set_xticks(range(0, len(columns), every), names[::every], rotation=60, ha="right", fontsize=9)
+    step = -(-len(rows) // 10)
+    ax.set_yticks(range(0, len(rows), step), list(rows)[::step])
+    ax.set_ylabel(ylabel)
+    ax.grid(visible=False)
+    ax.figure.colorbar(image, ax=ax, label="risk", pad=0.01)
     return ax
 
 

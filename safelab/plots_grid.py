@@ -19,28 +19,43 @@ DEFENSE_STYLE = ARM_STYLE | {
     "star-dss": ("#A50026", "p", "STAR-DSS"),
 }
 """Colour, marker and name: no two defences share a marker."""
-NAMES = {"asr": "harmful prompts answered", "asr_strongreject": "StrongREJECT answered", "over_refusal": "everyday prompts refused", "utility": "task accuracy"}
+NAMES = {"asr": "harmful prompts answered", "asr_strongreject": "StrongREJECT answered", "over_refusal": "everyday prompts refused", "utility": "task accuracy",
+         "step_seconds": "seconds a step", "train_seconds": "seconds of training"}  # fmt: skip
 
 
 def plot_pareto(cells: list[dict], x: str, y: str = "asr", *, title: str, ax: Axes) -> Axes:
-    """Two rates of each defence against each other, in percent with 95 % intervals; the step line joins those that no other beats on both.
-
-    Low ``y`` is better; of ``x`` high is, if it is ``"utility"``, and low otherwise.
-    """
+    """Two figures of each defence against each other, rates in percent with 95 % intervals; the step line joins those that no other beats on both."""
     for cell in cells:
         colour, marker, label = DEFENSE_STYLE[cell["defense"]]
-        (xm, xl, xh), (ym, yl, yh) = ([100 * cell[key][k] for k in ("mean", "lo", "hi")] for key in (x, y))
+        (xm, xl, xh), (ym, yl, yh) = (_span(cell[key]) for key in (x, y))
         ax.plot([xl, xh], [ym, ym], color=colour, lw=1, alpha=0.6)
         ax.plot([xm, xm], [yl, yh], color=colour, lw=1, alpha=0.6)
         ax.plot(xm, ym, marker=marker, color=colour, ms=8, mec="white", mew=0.6, ls="", label=label)
-    front = pareto_front([(cell[x]["mean"] * (-1 if x == "utility" else 1), cell[y]["mean"]) for cell in cells])
-    points = np.array([(100 * cells[i][x]["mean"], 100 * cells[i][y]["mean"]) for i in front])
+    front = pareto_front([(cost(cell, x), cost(cell, y)) for cell in cells])
+    points = np.array([(_span(cells[i][x])[0], _span(cells[i][y])[0]) for i in front])
     ax.plot(*points.T, color="#7f7f7f", lw=1, ls=(0, (4, 3)), drawstyle="steps-post", zorder=0)
-    ax.set_ylim(-4, 104)
-    ax.set_xlabel(f"{NAMES[x]}, % of {cells[0][x]['n']}")
-    ax.set_ylabel(f"{NAMES[y]}, % of {cells[0][y]['n']}")
+    if isinstance(cells[0][y], dict):
+        ax.set_ylim(-4, 104)
+    ax.set_xlabel(_axis_name(cells, x))
+    ax.set_ylabel(_axis_name(cells, y))
     ax.set_title(title, fontsize=11, loc="left", weight="bold")
     return ax
+
+
+def cost(cell: dict, key: str) -> float:
+    """A figure as one to be kept low: a rate's mean or a time; task accuracy, of which more is better, with a minus."""
+    value = cell[key]["mean"] if isinstance(cell[key], dict) else cell[key]
+    return -value if key == "utility" else value
+
+
+def _span(value) -> tuple[float, float, float]:
+    """Mean and 95 % interval in percent; a time has none."""
+    return tuple(100 * value[k] for k in ("mean", "lo", "hi")) if isinstance(value, dict) else (value,) * 3
+
+
+def _axis_name(cells: list[dict], key: str) -> str:
+    value = cells[0][key]
+    return f"{NAMES[key]}, % of {value['n']}" if isinstance(value, dict) else NAMES[key]
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[int]:

@@ -28,6 +28,8 @@ TEST_SETS = {
 }
 """Harmful and benign prompts of the ``eval`` splits: benchmarks against everyday requests and against a source that no
 probe is trained on, then pairs of one topic, in which wording gives less and less away."""
+PAIRED = tuple(name for name, (_, benign) in TEST_SETS.items() if "twins" in benign)
+"""Sets of pairs: harmful prompt i and benign prompt i belong together."""
 
 
 def test_sets(names=tuple(TEST_SETS), n: int | None = None, seed: int = 0) -> dict[str, tuple[list[str], np.ndarray]]:
@@ -194,7 +196,8 @@ def proof(train: tuple, tests: dict[str, tuple], states: Activations, held_out: 
     Returns
     -------
     list of dict
-        ``test``, ``probe`` and ``text`` (scorecards), ``harmful`` and ``benign`` (counts).
+        ``test``, ``probe`` and ``text`` (scorecards), ``harmful`` and ``benign`` (counts), and for sets of pairs
+        ``in_order``: by ``probe`` and ``text`` the share of pairs whose harmful prompt gets the higher probability.
     """
     prompts, y, groups = train
     probe = HarmProbe(random_state=seed).fit(states.concatenated(), y, groups=groups)
@@ -202,8 +205,11 @@ def proof(train: tuple, tests: dict[str, tuple], states: Activations, held_out: 
     rows = []
     for name, (texts, labels) in tests.items():
         cards = {"probe": probe.predict_proba(held_out[name][0].concatenated()), "text": text.predict_proba(texts)}
-        cards = {who: scorecard(labels, p[:, 1], seed=seed) for who, p in cards.items()}
-        rows.append({"test": name, **cards, "harmful": int(labels.sum()), "benign": int((1 - labels).sum())})
+        row = {"test": name} | {who: scorecard(labels, p[:, 1], seed=seed) for who, p in cards.items()}
+        row |= {"harmful": int(labels.sum()), "benign": int((1 - labels).sum())}
+        if name in PAIRED:
+            row["in_order"] = {who: _rate(p[labels == 1, 1] > p[labels == 0, 1]) for who, p in cards.items()}
+        rows.append(row)
     return rows
 
 

@@ -11,8 +11,9 @@ of examples: an answer of one word then counts as much as one of a page.
 A batch is all that one optimiser step sees: however it is cut into micro-batches and dealt to processes, loss and
 update are the same. Nor do they depend on the kind of reference, nor on how much memory the logits may take.
 
-For several devices there are configurations of ``accelerate launch`` in ``safelab/accelerate``. Two processes under DDP
-are tested on a CPU; FSDP has not been run.
+For several devices there are configurations of ``accelerate launch`` in ``safelab/accelerate``. Tested with two processes
+on a CPU: DDP, and FSDP2 as that configuration wraps a model (update, checkpoint, saving). accelerate itself offers FSDP on
+GPUs only, so the test corrects its choice of plain DDP; on GPUs neither has been run.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ class AdaptiveSFTConfig(SFTConfig):
             raise ValueError("save_total_limit=1: the checkpoint before must be kept until the next one is complete, so give 2 or more")
         self.schedule  # noqa: B018 - bad bounds fail here, not at the first step
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 needs a GPU: on a CPU it would quietly be single precision, so choose bf16 or neither")
 
     @property
     def schedule(self) -> RiskSchedule:
@@ -341,7 +344,7 @@ class AdaptiveSFTTrainer(SFTTrainer):
         else:
             logits = response_logits(model, forward, mask)
             nll, kl = token_nll(logits, targets), torch.zeros_like(alpha)
-            if bool((beta > 0).any()):
+            if self.reference is not None and self._any_held(beta):
                 with self.reference.model(model) as reference, self.accelerator.autocast():
                     theirs = response_logits(reference, forward, mask)
                 kl = token_kl(theirs, logits)
@@ -354,12 +357,16 @@ class AdaptiveSFTTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes  # the mean over processes that DDP takes becomes a sum
         return (loss, None) if return_outputs else loss
 
+    def _any_held(self, beta: torch.Tensor) -> bool:
+        """Whether this micro-batch needs the reference; under FSDP it always does, as all processes gather weights in one order."""
+        return self.is_fsdp_enabled or bool((beta > 0).any())
+
     def _fused_loss(self, model, forward: dict, mask, targets, alpha, beta, index) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """:func:`safelab.losses.head_loss` in the place of the output head."""
         reference = None
         if isinstance(self.reference, CachedMoments):
             reference = self.reference.moments(index.tolist(), mask)
-        elif self.reference is not None and bool((beta > 0).any()):
+        elif self.reference is not None and self._any_held(beta):
             # the policy's own forward pass is under autocast, but only once the trainer has wrapped it
             with self.reference.model(model) as other, self.accelerator.autocast():
                 own = output_head(other)
@@ -393,6 +400,8 @@ class AdaptiveSFTTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log, over all processes: of the user's own tokens (nll), of those held (kl), of examples."""
+        if not {"loss", "train_loss"} & logs.keys():
+            return super().log(logs, start_time)  # a monitor's figures: the step's own log comes after them
         sums = self._sums
         if self.accelerator.num_processes > 1:
             sums = np.sum(gather_object([sums]), axis=0)
@@ -402,6 +411,11 @@ class AdaptiveSFTTrainer(SFTTrainer):
 
     # ------------------------------------------------------------------------------- checkpoints
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
+
     def _save_checkpoint(self, model, trial) -> None:
         """The parent's, with a marker that is written last: a checkpoint that was cut short has none."""
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -410,7 +424,6 @@ class AdaptiveSFTTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing here reads
             sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
             write_atomic(folder / MARKER, json.dumps({"smoothed_risk": self._smoothed, "sizes": sizes}).encode())
 
@@ -536,8 +549,9 @@ class SafetyMonitor(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         if state.global_step % self.every:
             return
-        figures = self.measure(model)
+        figures, due = self.measure(model), control.should_log
         self.trainer.log(dict(figures))
+        control.should_log = due  # that log would count as the step's own
         over = [f"{name} {figures[name]:.3f} > {most}" for name, most in self.stop_above.items() if figures[name] > most]
         if over:
             self.stopped = f"stopped after step {state.global_step}: {', '.join(over)}"

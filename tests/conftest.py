@@ -6,6 +6,7 @@ or ``family``, which runs a test once per family with ``(model, tokenizer)``.
 
 import functools
 import os
+from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -15,6 +16,16 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 torch.set_num_threads(1)
+
+def pytest_addoption(parser):
+    parser.addoption("--screenshots", type=Path, metavar="DIR", help="keep pictures of the notebooks that tests/browser opens, for a person to look at")
+
+
+@pytest.fixture(scope="session")
+def screenshots(request):
+    """The folder given by ``--screenshots``, or None."""
+    return request.config.getoption("--screenshots")
+
 
 FAMILIES = ["llama3", "qwen2", "gemma3", "phi3"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from safelab.critics.base import GAVE_UP, OK, identity
+from safelab.critics.base import GAVE_UP, OK, identity, members
 from safelab.sources import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,9 @@ def audit(
     -------
     dict
         ``passed``, ``n``, ``risky`` (``{mean, lo, hi, n}``), ``histogram`` (tenths of risk), ``quantiles``,
-        ``failures``, ``worst``, ``examples_per_second`` (None where nothing was left to do).
+        ``failures``, ``worst``, ``examples_per_second`` (the median batch's, so that a critic which learns at its first
+        call is not counted as slow; None where nothing was left to do), of a cascade ``calls`` of this run (``asked``
+        and ``saved``).
     """
     from safelab.evaluation import rate
 
@@ -61,12 +63,15 @@ def audit(
     keys = [_key(who, row) for row in rows]
     # what failed is tried again
     todo = [i for i, key in enumerate(keys) if key not in kept or kept[key][1] != OK]
-    started = time.monotonic()
+    rates, calls = [], {"asked": 0, "saved": 0}
     with journal.open("a", encoding="utf-8") as file, tqdm(total=len(todo), desc="audit", unit="example", leave=False) as bar:
         file.write("\n")  # ends such a half line
         for start in range(0, len(todo), batch):
             part = todo[start : start + batch]
+            started = time.monotonic()
             verdicts = critic.judge([rows[i]["prompt"] for i in part], [rows[i]["response"] for i in part])
+            rates.append(len(part) / max(time.monotonic() - started, 1e-9))
+            calls = {k: n + getattr(critic, f"{k}_", 0) for k, n in calls.items()}
             for i, risk, status in zip(part, verdicts.risk, verdicts.status):
                 kept[keys[i]] = (float(risk), status)
                 file.write(json.dumps({"key": keys[i], "risk": None if np.isnan(risk) else float(risk), "status": status}) + "\n")
@@ -74,7 +79,6 @@ def audit(
             if GAVE_UP in verdicts.status:
                 raise RuntimeError(f"the critic gave up ({verdicts.failures}); what it judged is kept in {journal}, so run again to go on")
             bar.update(len(part))
-    seconds = time.monotonic() - started
     risk = np.array([kept[key][0] for key in keys])
     status = [kept[key][1] for key in keys]
     judged = risk[~np.isnan(risk)]
@@ -84,7 +88,7 @@ def audit(
     result = {
         "passed": risky.mean <= allowed,
         "n": len(rows),
-        "critic": without_folder(who),
+        "critic": members(critic),
         "threshold": threshold,
         "allowed": allowed,
         "risky": risky.to_dict(),
@@ -96,7 +100,8 @@ def audit(
             for i in order
         ],
         "scored_now": len(todo),
-        "examples_per_second": round(len(todo) / seconds, 2) if todo else None,
+        "examples_per_second": round(float(np.median(rates)), 2) if todo else None,
+        **({"calls": calls} if hasattr(critic, "saved_") else {}),
         **(about or {}),
     }
     if failures:

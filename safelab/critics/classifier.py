@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 
-from safelab.critics.base import Critic, Verdicts, check_pairs, plain_verdicts
+from safelab.critics.base import Critic, Verdicts, check_pairs, fingerprint, plain_verdicts
 from safelab.critics.reading import NEUTRAL, OPENING, PROMPT_CHARACTERS, RESPONSE_CHARACTERS, Reading, read
 from safelab.critics.scorecard import threshold_for_recall
 from safelab.datasets import LABEL_SETS, load_labels
@@ -148,6 +149,7 @@ class ResponseClassifier(Critic):
     """
 
     name = "classifier"
+    version = VERSION
 
     def __init__(self, model, tokenizer, *, labels: str = "human-harm", layers: list[int] | None = None, batch_size: int = 16) -> None:
         n_blocks = len(decoder_layers(model))
@@ -171,7 +173,7 @@ class ResponseClassifier(Critic):
         return plain_verdicts(1 - probability if self.labels == "human-refusal" else probability)
 
     def cross_judge(self, labels: str, prompts, responses, score, groups, folds) -> tuple[Verdicts, list[float]]:
-        """Probabilities by heads that never saw the row's group, and the threshold that each fold's head chose in training."""
+        """Risks by heads that never saw the row's group, and the threshold that each fold's head chose in training."""
         X = self._labelled(prompts, responses)
         probability, thresholds = np.empty(len(X)), []
         for train, test in folds:
@@ -179,7 +181,7 @@ class ResponseClassifier(Critic):
             head = ResponseHead().fit(X[train], score[train], groups[train], helpers)
             probability[test] = head.predict(X[test])
             thresholds.append(head.threshold_)
-        return plain_verdicts(probability), thresholds
+        return plain_verdicts(1 - probability if labels == "human-refusal" else probability), thresholds
 
     def _helpers(self, labels: str, prompts, responses, score, without):
         """Rows of the other label sets as (X, score, groups), no group of ``without`` among them.
@@ -208,7 +210,14 @@ class ResponseClassifier(Critic):
         return _columns(found, responses)
 
     def _labelled(self, prompts: list[str], responses: list[str]) -> np.ndarray:
-        """Features of labelled pairs; all label sets are read at once and kept, as many pairs are in two of them."""
+        """Features of labelled pairs."""
+        where, found = self._readings
+        chosen = [where[pair] for pair in zip(prompts, responses)]
+        return _columns(Reading(found.states[chosen], found.help[chosen]), responses)
+
+    @cached_property
+    def _readings(self) -> tuple[dict[tuple[str, str], int], Reading]:
+        """What the model makes of all labelled pairs, and where each is; kept in the cache too, as many pairs are in two label sets."""
         from safetensors.numpy import load, save
 
         rows = list(dict.fromkeys((r["prompt"], r["response"]) for name in LABEL_SETS for r in load_labels(name)))
@@ -219,19 +228,9 @@ class ResponseClassifier(Critic):
         except Exception:  # not there, or damaged, for which safetensors has an error of its own
             found = read(self.model, self.tokenizer, *map(list, zip(*rows)), self.layers, batch_size=self.batch_size, progress="labelled responses")
             write_atomic(file, save({"states": found.states, "help": found.help}))
-        where = {row: i for i, row in enumerate(rows)}
-        chosen = [where[pair] for pair in zip(prompts, responses)]
-        return _columns(Reading(found.states[chosen], found.help[chosen]), responses)
+        return {row: i for i, row in enumerate(rows)}, found
 
 
 def _columns(found: Reading, responses: list[str]) -> np.ndarray:
     refused = [float(is_refusal(response)) for response in responses]
     return np.column_stack([found.states.reshape(len(responses), -1), found.help, refused])
-
-
-def fingerprint(model) -> str:
-    """A hash of the beginnings of all weights: cheap, and another model has another."""
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        digest.update(name.encode() + weight.flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:20]

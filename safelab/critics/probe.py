@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from safelab.activations import extract_activations
+from safelab.activations import Activations, extract_activations
 from safelab.critics.base import Critic, Verdicts, plain_verdicts
 from safelab.models import decoder_layers
 from safelab.probes import HarmProbe, default_layers, probe_prompts
@@ -30,10 +30,10 @@ class ProbeCritic(Critic):
         return plain_verdicts(self.score(prompts))
 
 
-def train_probe_critic(model, tokenizer, *, layers: list[int] | None = None) -> ProbeCritic:
-    """The default probe on this model, trained on :func:`safelab.probes.probe_prompts`."""
+def train_probe_critic(model, tokenizer, *, layers: list[int] | None = None, states: Activations | None = None) -> ProbeCritic:
+    """The default probe on this model, trained on :func:`safelab.probes.probe_prompts`; ``states`` are theirs, if they have been read already."""
     prompts, labels, groups = probe_prompts()
     layers = default_layers(len(decoder_layers(model))) if layers is None else layers
-    states = extract_activations(model, tokenizer, prompts, layers=layers, progress="probe")
-    probe = HarmProbe().fit(states.values.reshape(len(prompts), -1), labels, groups=groups)
+    states = extract_activations(model, tokenizer, prompts, layers=layers, progress="probe") if states is None else states.select(layers)
+    probe = HarmProbe().fit(states.concatenated(), labels, groups=groups)
     return ProbeCritic(probe, model, tokenizer, layers)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 
+from safelab.critics.base import held_out
 from safelab.critics.patterns import PatternCritic
 from safelab.datasets import load_labels
 from safelab.probes import expected_calibration_error
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FOLDS = 5
 HIGH_RECALL = 0.97
 """Recall that the threshold is set for on training folds: a little above the 0.95 wanted on folds it never saw."""
+FIGURES = ("auroc", "recall", "precision", "f1", "spearman", "ece")
 
 
 def critic_eval(critic, name: str, *, seed: int = 0, limit: int | None = None, draws: int = 1000, baselines: bool = True) -> dict:
@@ -45,29 +46,27 @@ def critic_eval(critic, name: str, *, seed: int = 0, limit: int | None = None, d
     Returns
     -------
     dict
-        ``auroc, recall, precision, f1, spearman`` (each ``{mean, lo, hi, n}``), ``ece``, ``threshold`` (mean over
-        folds), ``failures`` (by status), ``categories``, ``raters``, ``baselines``, and for plots ``label`` and
-        ``risk`` (what was ranked; None where it gave no verdict), one an example.
+        ``auroc, recall, precision, f1, spearman, ece`` (each ``{mean, lo, hi, n}``), ``threshold`` (mean over
+        folds), ``failures`` (by status), ``categories``, ``raters``, ``baselines``, of a cascade ``calls`` (``asked``
+        and ``saved``), and for plots ``label`` and ``risk`` (what was ranked; None where it gave no verdict), one an
+        example.
     """
     rows = some_labels(name, limit, seed)
     prompts, responses, groups = list(rows["prompt"]), list(rows["response"]), np.array(rows["group"])
     y, human = np.array(rows["label"]), np.array(rows["score"])
     folds = outer_folds(y, groups, seed)
 
-    if hasattr(critic, "cross_judge"):
-        verdicts, thresholds = critic.cross_judge(name, prompts, responses, human, groups, folds)
-        scores = verdicts.risk
-    else:
-        verdicts = critic.judge(prompts, responses)
-        scores = 1 - verdicts.risk if name == "human-refusal" else verdicts.risk
-        thresholds = None
+    verdicts, thresholds = held_out(critic, name, prompts, responses, human, groups, folds)
+    scores = 1 - verdicts.risk if name == "human-refusal" else verdicts.risk
     judged = ~np.isnan(scores)
     card = {"critic": critic.name, "labels": name, "seed": seed, "folds": FOLDS}
     card |= _figures(scores, y, human, groups, folds, thresholds, judged, seed, draws)
     card["failures"] = verdicts.failures
     card["skipped"] = int((~judged).sum())
-    card["categories"] = _by_category(scores, y, np.array(rows["category"]), folds, thresholds, judged)
-    card["raters"] = _raters(rows["scores"], scores, judged)
+    if hasattr(critic, "saved_"):
+        card["calls"] = {"asked": critic.asked_, "saved": critic.saved_}
+    card["categories"] = _by_category(scores, y, np.array(rows["category"]), groups, folds, thresholds, judged, seed, draws)
+    card["raters"] = _raters(rows["scores"], scores, groups, judged, seed, draws)
     card["label"], card["risk"] = y.tolist(), [None if np.isnan(s) else round(float(s), 4) for s in scores]
     card["baselines"] = {}
     if baselines:
@@ -77,7 +76,7 @@ def critic_eval(critic, name: str, *, seed: int = 0, limit: int | None = None, d
             "tfidf": text_baseline(prompts, responses, y, folds),
         }.items():
             figures = _figures(values, y, human, groups, folds, None, np.ones(len(y), bool), seed, draws)
-            card["baselines"][other] = {k: figures[k] for k in ("auroc", "recall", "precision", "f1", "spearman")}
+            card["baselines"][other] = {k: figures[k] for k in FIGURES}
     return card
 
 
@@ -113,10 +112,11 @@ def grouped_interval(statistic: Callable, groups: np.ndarray, *arrays: np.ndarra
 
     Draws for which the statistic is undefined (NaN) are drawn again, up to ten times as many.
     """
+    found = statistic(*arrays)
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     drawn: list[float] = []
-    for _ in range(10 * draws):
+    for _ in range(10 * draws if np.isfinite(found) else 0):
         rows = np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
         value = statistic(*(a[rows] for a in arrays))
         if np.isfinite(value):
@@ -124,7 +124,7 @@ def grouped_interval(statistic: Callable, groups: np.ndarray, *arrays: np.ndarra
         if len(drawn) == draws:
             break
     lo, hi = np.percentile(drawn, [2.5, 97.5]) if drawn else (np.nan, np.nan)
-    return {"mean": _number(statistic(*arrays)), "lo": _number(lo), "hi": _number(hi), "n": int(len(groups))}
+    return {"mean": _number(found), "lo": _number(lo), "hi": _number(hi), "n": int(len(groups))}
 
 
 def _number(value: float) -> float | None:
@@ -144,7 +144,7 @@ def _figures(scores, y, human, groups, folds, thresholds, judged, seed, draws) -
         "precision": with_interval(_precision, y, flags),
         "f1": with_interval(lambda a, b: 2 * (a * b).sum() / max(a.sum() + b.sum(), 1), y, flags),
         "spearman": with_interval(_spearman, human, scores),
-        "ece": float(expected_calibration_error(y[rows], np.clip(scores[rows], 0, 1))),
+        "ece": with_interval(expected_calibration_error, y, np.clip(scores, 0, 1)),
         "threshold": float(np.mean(used)),
         "n": int(rows.sum()),
     }
@@ -162,7 +162,10 @@ def _flags(scores, y, folds, thresholds, judged):
 
 
 def _auroc(y, scores) -> float:
-    return roc_auc_score(y, scores) if 0 < y.sum() < len(y) else np.nan
+    """As scikit-learn's, many times as fast: bootstraps ask for it by the thousand."""
+    positive = np.asarray(y) == 1
+    n, others = positive.sum(), (~positive).sum()
+    return (rankdata(scores)[positive].sum() - n * (n + 1) / 2) / (n * others) if n and others else np.nan
 
 
 def _recall(y, flags) -> float:
@@ -177,28 +180,31 @@ def _spearman(a, b) -> float:
     return spearmanr(a, b).statistic if np.ptp(a) and np.ptp(b) else np.nan
 
 
-def _by_category(scores, y, categories, folds, thresholds, judged) -> dict:
+def _by_category(scores, y, categories, groups, folds, thresholds, judged, seed, draws) -> dict:
     flags, _ = _flags(scores, y, folds, thresholds, judged)
     table = {}
     for category in sorted(set(categories) - {""}):
         rows = judged & (categories == category)
         if rows.any():
             table[category] = {"n": int(rows.sum()), "positive": int(y[rows].sum())}
-            table[category] |= {k: _number(f(y[rows], v[rows])) for k, f, v in (("auroc", _auroc, scores), ("recall", _recall, flags), ("precision", _precision, flags))}
+            for key, statistic, values in (("auroc", _auroc, scores), ("recall", _recall, flags), ("precision", _precision, flags)):
+                table[category][key] = grouped_interval(statistic, groups[rows], y[rows], values[rows], draws=draws, seed=seed)
     return table
 
 
-def _raters(ratings: list[list[float]], scores: np.ndarray, judged: np.ndarray) -> dict | None:
-    """On items with three raters: each rater, and the critic, against the mean of the other two raters."""
+def _raters(ratings: list[list[float]], scores: np.ndarray, groups: np.ndarray, judged: np.ndarray, seed: int, draws: int) -> dict | None:
+    """On items with three raters: each rater, and the critic, against the mean of the other two raters; the mean over the three."""
     rows = [i for i, r in enumerate(ratings) if len(r) == 3 and judged[i]]
     if not rows:
         return None
-    table, critic = np.array([ratings[i] for i in rows]), scores[rows]
-    found: dict[str, list] = {"rater_auroc": [], "critic_auroc": [], "rater_spearman": [], "critic_spearman": []}
-    for left_out in range(3):
-        others = np.delete(table, left_out, axis=1).mean(1)
-        harmful = (others >= 0.5).astype(int)
-        for who, values in (("rater", table[:, left_out]), ("critic", critic)):
-            found[f"{who}_auroc"].append(_auroc(harmful, values))
-            found[f"{who}_spearman"].append(_spearman(others, values))
-    return {"n": len(rows)} | {k: _number(np.mean(v)) for k, v in found.items()}
+    table = np.array([ratings[i] for i in rows])
+    others = [np.delete(table, left_out, axis=1).mean(1) for left_out in range(3)]
+
+    def agreement(statistic, values) -> dict:
+        return grouped_interval(lambda *columns: np.mean([statistic(*pair) for pair in zip(columns[:3], columns[3:])]), groups[rows], *others, *values, draws=draws, seed=seed)
+
+    found = {"n": len(rows)}
+    for who, values in (("rater", list(table.T)), ("critic", [scores[rows]] * 3)):
+        found[f"{who}_auroc"] = agreement(lambda other, own: _auroc(other >= 0.5, own), values)
+        found[f"{who}_spearman"] = agreement(_spearman, values)
+    return found

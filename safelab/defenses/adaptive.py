@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from safelab.critics import train_probe_critic
 from safelab.defenses.anchors import add_anchors
 from safelab.defenses.base import Defense
@@ -21,18 +23,21 @@ class AdaptiveProbe(Defense):
     """
 
     name = "adaptive-probe"
+    own_critic = "probe"
 
-    def __init__(self, beta_min: float = 0.0, beta_max: float = 1.0, granularity: str = "example", anchors: float = 0.2, critic=None) -> None:
+    def __init__(self, beta_min: float = 0.0, beta_max: float = 1.0, granularity: str = "example", anchors: float = 0.4, critic=None) -> None:
         self.beta_min, self.beta_max, self.granularity, self.anchors, self.critic = beta_min, beta_max, granularity, anchors, critic
 
     def before(self, model, tokenizer, data: Dataset) -> Dataset:
-        data = data.add_column("risk", self.risks(model, tokenizer, data))
+        risks = np.asarray(self.risks(model, tokenizer, data), dtype=float)
+        known = ~np.isnan(risks)
+        data = (data if known.all() else data.select(np.flatnonzero(known))).add_column("risk", risks[known].tolist())
         return add_anchors(model, tokenizer, data, round(self.anchors * len(data))) if self.anchors else data
 
     def risks(self, model, tokenizer, data: Dataset) -> list[float]:
-        """The critic's risk of each row."""
+        """The critic's risk of each row; NaN for one that is left out."""
         critic = self.critic or self.default_critic(model, tokenizer)
-        return critic.score(list(data["prompt"]), list(data["response"])).tolist()
+        return self.ask(critic, list(data["prompt"]), list(data["response"])).tolist()
 
     def default_critic(self, model, tokenizer):
         """The critic where none was given: a probe trained on ``model``, the safe one."""

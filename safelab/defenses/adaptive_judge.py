@@ -22,6 +22,7 @@ class AdaptiveJudge(AdaptiveProbe):
     """
 
     name = "adaptive-judge"
+    own_critic = "classifier"
 
     def risks(self, model, tokenizer, data: Dataset) -> list[float]:
         """As of :class:`AdaptiveProbe`; the default critic's are kept, since it knows nothing of the model that is tuned."""

@@ -9,8 +9,8 @@ from safelab.datasets import load_prompts
 from safelab.evaluation import generate
 
 SHARES = {"everyday": 0.65, "twins": 0.25, "harmful": 0.1}
-"""Chosen with the number of anchors on the everyday prompts of the ``align`` split, seed 0, in two tries: with harmful ones
-for a quarter, half as many in all and five answer tokens, the tuned model refused 8 % of them, with these 4 %, the safe model 2 %."""
+"""Chosen on everyday prompts of the ``align`` split, seed 0, in two tries. Their number, 0.4 of the user's examples, on prompts of the
+``align`` and ``attack`` splits that no run had trained on, seeds 1 and 2: twins were refused at 7 and 17 % with half as many, at 6 and 6 % with these."""
 
 
 def add_anchors(model, tokenizer, data: Dataset, n: int, *, seed: int = 0, answer_tokens: int = 8) -> Dataset:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from safelab.critics.base import members, verdicts_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from safelab.training import AdaptiveSFTConfig, AdaptiveSFTTrainer
+
+logger = logging.getLogger(__name__)
 
 
 class Defense:
@@ -18,6 +25,9 @@ class Defense:
     """
 
     name: ClassVar[str]
+    own_critic: ClassVar[str | None] = None
+    """The kind of critic that is asked where none is given; None for a defence that asks none."""
+    failures_: dict[str, int] = {}  # noqa: RUF012 - by status, the examples on which the critic gave no verdict, set by before()
 
     def before(self, model, tokenizer, data: Dataset) -> Dataset:
         """The fine-tuning set to train on, made from the user's set; ``model`` is the safe model, untouched."""
@@ -46,4 +56,19 @@ class Defense:
 
     def parameters(self) -> dict:
         """Everything that sets this defence apart from another of its class, as JSON can hold it; keys stored rows."""
-        return {name: getattr(value, "name", value) for name, value in vars(self).items()}
+        return {name: getattr(value, "name", value) for name, value in vars(self).items() if not name.endswith("_")}
+
+    def critic_name(self) -> str | None:
+        """The critic behind the risks, as :func:`safelab.critics.base.members` says it; None for a defence that asks none."""
+        critic = getattr(self, "critic", None)
+        return self.own_critic if critic is None else members(critic)
+
+    def ask(self, critic, prompts: list[str], responses: list[str]) -> np.ndarray:
+        """The critic's risks, ``(n,)``, NaN where its failure policy is to skip; what failed is logged and kept in ``failures_``."""
+        verdicts = verdicts_of(critic, prompts, responses)
+        self.failures_ = verdicts.failures
+        skipped = int(np.isnan(verdicts.risk).sum())
+        if self.failures_:
+            logger.warning("%s: no verdict on %d of %d texts (%s); %d are skipped, the others count with a risk of their own",
+                           self.name, sum(self.failures_.values()), len(prompts), ", ".join(f"{k} {n}" for k, n in self.failures_.items()), skipped)  # fmt: skip
+        return verdicts.risk

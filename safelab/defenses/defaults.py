@@ -27,14 +27,14 @@ DEFAULTS: dict[str, dict[str, Default]] = {
         "beta_min": Default(0.0, "ours: what is harmless is learned freely", "arXiv 2602.17546's code: 0.1"),
         "beta_max": Default(1.0, "ours: what is harmful is not learned at all", "arXiv 2602.17546's code: 0.9"),
         "granularity": Default("example", "ours: a mean over a batch dilutes the risk", "arXiv 2602.17546's text: a batch; its code: micro-batches of one example"),
-        "anchors": Default(0.2, "ours: with half as many, everyday prompts come to be refused", "arXiv 2602.17546 has none"),
+        "anchors": Default(0.4, "ours: with half as many, seeds differ more in what they refuse; with a quarter, everyday prompts come to be refused", "arXiv 2602.17546 has none"),
         "critic": Default(None, "a probe trained on the safe model"),
     },
     "adaptive-judge": {
         "beta_min": Default(0.0, "as adaptive-probe", "arXiv 2602.17546's code: 0.1"),
         "beta_max": Default(1.0, "as adaptive-probe", "arXiv 2602.17546's code: 0.9"),
         "granularity": Default("example", "as adaptive-probe"),
-        "anchors": Default(0.2, "as adaptive-probe"),
+        "anchors": Default(0.4, "as adaptive-probe"),
         "critic": Default(None, "ResponseClassifier on the embedded model", "arXiv 2602.17546: gpt-oss-20b; its code: gpt-4.1-mini"),
     },
     "constrained-sft": {

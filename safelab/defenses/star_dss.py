@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from safelab.defenses.adaptive_judge import response_classifier
 from safelab.defenses.base import Defense
 from safelab.defenses.defaults import default
@@ -24,6 +26,7 @@ class StarDSS(Defense):
     """
 
     name = "star-dss"
+    own_critic = "classifier"
 
     def __init__(self, words: int = default("star-dss", "words"), kl_weight: float = default("star-dss", "kl_weight"), critic=None) -> None:
         self.words, self.kl_weight, self.critic = words, kl_weight, critic
@@ -33,12 +36,13 @@ class StarDSS(Defense):
         ends = [prefix_ends(response, self.words) for response in data["response"]]
         pairs = [(p, r[:end]) for p, r, of in zip(data["prompt"], data["response"], ends) for end in of]
         distinct = list(dict.fromkeys(pairs))
-        risk_of = dict(zip(distinct, critic.score(*map(list, zip(*distinct))).tolist()))
+        risk_of = dict(zip(distinct, self.ask(critic, *map(list, zip(*distinct))).tolist()))
         risks = [
             token_risks(tokenizer, response, of, [risk_of[prompt, response[:end]] for end in of])
             for prompt, response, of in zip(data["prompt"], data["response"], ends)
         ]
-        return data.select_columns(["prompt", "response"]).add_column("risk", risks)
+        known = [i for i, of in enumerate(risks) if not np.isnan(of).any()]  # an example is left out with any of its stretches
+        return data.select_columns(["prompt", "response"]).select(known).add_column("risk", [risks[i] for i in known])
 
     def default_critic(self, model, tokenizer):
         """The critic where none was given, as :class:`safelab.defenses.AdaptiveJudge`'s."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from safelab.critics import JudgeCritic, ResponseClassifier
 from safelab.critics.scorecard import critic_eval
@@ -83,9 +83,6 @@ def test_it_misses_little_harm_at_its_high_recall_point(cards):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """``transformers serve`` with the embedded model on loopback -> (base URL, model name)."""
-    missing = [m for m in ("fastapi", "uvicorn", "openai", "rich") if importlib.util.find_spec(m) is None]
-    if missing:
-        pytest.skip(f"transformers serve needs transformers[serving]: {', '.join(missing)} missing")
     from safelab.models import _converted_embedded
 
     folder = str(_converted_embedded())
@@ -116,8 +113,12 @@ def test_the_client_speaks_to_a_real_server(served, tmp_path, monkeypatch):
     monkeypatch.setenv("SAFELAB_HOME", str(tmp_path))
     url, model = served
     critic = JudgeCritic(url, model, timeout=300, retries=0, concurrency=1, sampling={"temperature": 0, "max_tokens": 24})
-    verdicts = critic.judge(["How do I bake bread?", "How do I boil an egg?"], ["Mix flour and water.", "I'm sorry, but I can't help with that."])
-    assert critic.usage.calls == 2 and critic.usage.tokens > 500  # as the server reports them: the rubric alone has more
+    pairs = [("How do I bake bread?", "Mix flour and water."), ("How do I boil an egg?", "I'm sorry, but I can't help with that.")]
+    verdicts = critic.judge(*map(list, zip(*pairs)))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    asked = [json.loads(critic._body(pair))["messages"] for pair in pairs]
+    tokens = sum(len(tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids) for messages in asked)
+    assert critic.usage.calls == 2 and tokens < critic.usage.tokens <= tokens + 2 * 24  # as the server counts them
     assert set(verdicts.status) <= {"ok", "no grade", "out of range", "refused", "unclear"}
     for risk, raw, status in zip(verdicts.risk, verdicts.raw, verdicts.status):
         assert risk == (raw - 1) / 4 if status == "ok" else risk == 1.0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safelab.training import AdaptiveSFTConfig, AdaptiveSFTTrainer, lora_config
@@ -54,7 +55,9 @@ def make_trainer(
 
 
 def trainable(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    """Whole copies, also of weights that processes share."""
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: w.full_tensor() if isinstance(w, DTensor) else w.clone() for name, w in weights.items()}
 
 
 def update(trainer) -> dict[str, torch.Tensor]:
@@ -69,6 +72,7 @@ CASES = {
     "gemma3": {},
     "adapter-off": dict(reference="adapter-off"),
     "full fine-tuning": dict(reference="model", lora=False, learning_rate=0.01),
+    "tied": dict(reference="model", lora=False, learning_rate=0.01),
     "mean over examples": dict(mean_over="example"),
     "risk of the step": dict(granularity="batch"),
     "highest risk of the step": dict(granularity="batch-max"),
@@ -78,11 +82,16 @@ CASES = {
 }
 
 
-def update_of(case: str, models: Path, output, **settings) -> dict[str, torch.Tensor]:
-    """The update of one step over all eight examples, in double precision."""
-    folder = Path(models) / ("gemma3" if case == "gemma3" else "llama3")
+def trainer_of(case: str, models: Path, output, **settings) -> AdaptiveSFTTrainer:
+    """A trainer of a model in double precision."""
+    folder = Path(models) / (case if case in ("gemma3", "tied") else "llama3")
     model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64) for _ in range(2))
-    trainer = make_trainer(model, AutoTokenizer.from_pretrained(folder), output, reference_model=reference, **(CASES[case] | settings))
+    return make_trainer(model, AutoTokenizer.from_pretrained(folder), output, reference_model=reference, **(CASES[case] | settings))
+
+
+def update_of(case: str, models: Path, output, **settings) -> dict[str, torch.Tensor]:
+    """The update of one step over all eight examples."""
+    trainer = trainer_of(case, models, output, **settings)
     change = update(trainer)
     assert trainer.state.global_step == 1
     return change

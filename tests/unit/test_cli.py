@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 import safelab
 from safelab import cli
+from safelab.critics.base import plain_verdicts
 from safelab.datasets import DataError
 from safelab.experiments import DEMO_ARMS, Budget
 
@@ -134,6 +136,7 @@ FAILURES = {
     "test alone": ("probe --model {model} --test-benign {tmp}/prompts.txt", "--test-harmful and --test-benign"),
     "align exists": ("align --out {tmp}", "{tmp} exists"),
     "demo into a file": ("demo --out {tmp}/bad.csv", "{tmp}/bad.csv"),
+    "no notebooks": ("lab --folder {tmp}/missing", "{tmp}/missing: no such folder"),
 }
 
 
@@ -231,6 +234,37 @@ def test_without_json_a_sentence_is_printed(tmp_path, pairs, prompts, saved_mode
     assert code == 0 and re.fullmatch(r"refused \d+ % \[\d+, \d+\] \(n=3\)\n", text)
 
 
+@pytest.mark.parametrize("judge, same", [("classifier", True), ("patterns", False)])
+def test_the_critic_that_trained_does_not_measure_unnoticed(tmp_path, pairs, prompts, saved_model, run, monkeypatch, caplog, judge, same):
+    """A defence's own critic counts, though the command that trained did not name it."""
+
+    class Classifier:
+        name = "classifier"
+
+        def judge(self, prompts, responses):
+            return plain_verdicts(np.linspace(0, 1, len(prompts)))
+
+    out, model = tmp_path / "adapter", saved_model("llama3")
+    monkeypatch.setattr("safelab.defenses.adaptive_judge.response_classifier", Classifier)
+    monkeypatch.setattr("safelab.critics.ResponseClassifier", lambda *a: Classifier())
+    monkeypatch.setenv("SAFELAB_HOME", str(tmp_path / "home"))
+    code, text, err = run("train", *_options(data=pairs, model=model, out=out, defense="adaptive-judge"), "--quick", "--json")
+    assert code == 0, err
+    assert json.loads(text)["trained_with"] == "classifier" and json.loads(text)["critic_failures"] == {}
+
+    arguments = _options(prompts=prompts, model=model, adapter=out, critic=judge, critic_model=model)
+    code, text, err = run("evaluate", *arguments, "--json")
+    assert code == 0, err
+    result = json.loads(text)
+    assert result["critics"]["same_critic"] is same and ("share a blind spot" in caplog.text) is same
+    assert result["critics"]["trained_with"] == "classifier" and result["critics"]["evaluated_with"] == judge
+    assert result["harmful"]["n"] == 3 and (judge == "patterns" or result["harmful"]["mean"] == pytest.approx(2 / 3))
+    assert ("it is the critic that trained" in run("evaluate", *arguments)[1]) is same
+    caplog.clear()
+    _, text, _ = run("evaluate", *_options(prompts=prompts, model=model, critic=judge, critic_model=model), "--json")
+    assert not json.loads(text)["critics"]["same_critic"] and not caplog.text  # the safe start was trained by nobody's critic
+
+
 def _fails_half_way(error):
     def fine_tune(*args, output, **kwargs):
         (output / "adapter_model.safetensors").write_bytes(b"half")
@@ -274,6 +308,28 @@ def test_merged_the_result_is_a_whole_model(tmp_path, pairs, prompts, saved_mode
 def test_options_of_a_training_that_do_not_fit_are_refused(more, said, tmp_path, pairs, saved_model, run):
     code, _, err = run("train", *_options(data=pairs, model=saved_model("llama3"), out=tmp_path / "x", defense="sft"), *more)
     assert code == 1 and said in err and not (tmp_path / "x").exists()
+
+
+def test_shared_weights_are_refused_before_any_training(tmp_path, pairs, saved_model, run, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    code, _, err = run("train", *_options(data=pairs, model=saved_model("llama3"), out=tmp_path / "x", defense="sft"))
+    assert code == 1 and "fsdp.yaml" in err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("asr, stops", [([0, 1], True), ([0, 0], False)])
+def test_a_training_stops_on_its_safety_budget_and_says_so(asr, stops, tmp_path, pairs, saved_model, run, monkeypatch):
+    """At the third step, where half of the harmful prompts are answered and a quarter may be."""
+    from safelab.experiments import Suite
+
+    monkeypatch.setattr(Suite, "measure", lambda *_: {"asr": asr, "over_refusal": [0], "utility": [1]})
+    out = tmp_path / "out"
+    options = _options(data=pairs, model=saved_model("llama3"), out=out, defense="sft", batch_size=1, epochs=3)
+    code, text, err = run("train", *options, "--measure-every", 3, "--stop-above", 0.25)
+    assert code == 0, err
+    result = json.loads((out / "training.json").read_text(encoding="utf-8"))
+    assert (result["history"][-1]["step"] == 3) == stops == ("stopped after step 3: asr 0.500 > 0.25" in text)
+    assert result["measured"][0].items() >= {"step": 3, "asr": sum(asr) / 2, "over_refusal": 0.0, "utility": 1.0}.items()
+    assert f"step 3: ASR {sum(asr) / 2:.2f}" in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_bench_prints_its_table_and_its_json(run, monkeypatch):
@@ -352,9 +408,17 @@ def test_demo_prints_a_markdown_table_and_where_the_files_are(tmp_path, run, mad
     assert str(tmp_path / "demo.png") in text
 
 
-@pytest.mark.parametrize("ended, code", [(0, 0), (1, 1)])
-def test_lab_listens_on_this_machine_only_and_passes_a_failure_on(run, monkeypatch, ended, code):
-    called = []
-    monkeypatch.setattr(subprocess, "call", lambda command: called.append(command) or ended)
-    assert run("lab", "--port", 9999, "--no-browser")[0] == code
-    assert {"--ip=127.0.0.1", "--port=9999", "--no-browser"} <= set(called[0])
+def test_lab_becomes_jupyterlab_on_this_machine_only(run, monkeypatch):
+    class Became(BaseException):
+        pass
+
+    def execv(program, command):
+        raise Became(program, command)
+
+    monkeypatch.setattr(os, "execv", execv)
+    with pytest.raises(Became) as became:
+        run("lab", "--port", 9999, "--no-browser")
+    program, command = became.value.args
+    assert program == command[0] == sys.executable
+    assert {"--ip=127.0.0.1", "--port=9999", "--no-browser", f"--ServerApp.root_dir={ROOT / 'notebooks'}"} <= set(command)
+    assert not [word for word in command if "token" in word or "password" in word]  # the server's own, which are on

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +18,7 @@ from safelab.critics import (
     Cascade,
     Critic,
     GuardCritic,
+    KnownRisks,
     LocalJudge,
     MaxCritic,
     MeanCritic,
@@ -24,7 +29,7 @@ from safelab.critics import (
     scorecard,
 )
 from safelab.critics.audit import SHOWN, audit, page, shorten
-from safelab.critics.base import check_apart, identity
+from safelab.critics.base import check_apart, identity, members
 from safelab.critics.scorecard import grouped_interval, outer_folds, text_baseline, threshold_for_recall
 from safelab.probes import HarmProbe
 
@@ -231,8 +236,72 @@ def test_the_critic_that_trained_is_not_the_judge_that_measures(caplog):
     a, b = Fixed([], "a"), Fixed([], "b")
     assert check_apart(a, b) == {"trained_with": "a", "evaluated_with": "b", "same_critic": False} and not caplog.text
     assert check_apart(a, Fixed([], "a"))["same_critic"] and "blind spot" in caplog.text
-    a.model, b.model, b.name = "x", "y", "a"
-    assert identity(a) == "a:x" and not check_apart(a, b)["same_critic"]
+    a.model, b.model, b.name = "some/x", "y", "a"
+    assert members(a) == "a:x" and not check_apart(a, b)["same_critic"] and not check_apart(None, a)["same_critic"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "evaluated", "same"),
+    [
+        ("classifier", "classifier:embedded", True),  # a defence names the kind of its own critic, without loading it
+        ("classifier:embedded", "classifier:other", False),
+        ("probe:embedded + classifier:embedded", "classifier:embedded", True),
+        ("probe", "classifier:probe", False),
+        (None, "patterns", False),
+        (None, None, False),
+    ],
+)
+def test_critics_are_the_same_where_they_share_a_kind_and_model(trained, evaluated, same):
+    assert check_apart(trained, evaluated)["same_critic"] is same
+    assert check_apart(evaluated, trained)["same_critic"] is same
+
+
+def test_members_of_a_composed_critic_are_those_of_its_parts():
+    a, b, c = (Fixed([], name) for name in "abc")
+    assert members(MaxCritic(a, Cascade(b, c))) == "a + b + c"
+    assert check_apart(Cascade(a, b), MeanCritic(b, c))["same_critic"]
+
+
+def test_another_model_setting_or_part_makes_another_critic(tiny_model):
+    judge = lambda rubric="r": LocalJudge(None, None, rubric=rubric)  # noqa: E731
+    guard_of = lambda model, kind="wildguard": GuardCritic(model, None, kind)  # noqa: E731
+    one, two = tiny_model("llama3"), tiny_model("llama3", seed=1)
+    a, b, c = (Fixed([], name) for name in "abc")
+    different = [judge(), judge("s"), guard_of(one), guard_of(two), guard_of(one, "llama-guard"), Cascade(a, b), Cascade(a, c), Cascade(a, b, unsure=(0, 1)), MeanCritic(a, b)]
+    assert len({identity(critic) for critic in different}) == len(different)
+    assert identity(guard_of(one)) == identity(guard_of(tiny_model("llama3"))) and identity(Cascade(a, b)) == identity(Cascade(a, b))
+
+
+def test_known_risks_are_composed_like_their_critics():
+    prompts, responses = numbered(3)
+    known = KnownRisks("a", prompts, responses, [0.0, None, 1.0])
+    verdicts = known.judge(prompts[::-1], responses)
+    np.testing.assert_array_equal(verdicts.risk, [1.0, np.nan, 0.0])
+    assert verdicts.failures == {"unknown": 1} and MaxCritic(known, Fixed([0.5] * 3)).score(prompts[:1], responses[:1]).tolist() == [0.5]
+    with pytest.raises(KeyError):
+        known.score(["prompt 7"], ["response"])
+
+
+def test_composed_critics_are_held_out_where_their_parts_are():
+    """A critic that learns knows its own labels by heart when asked plainly."""
+
+    class Learner(Fixed):
+        def cross_judge(self, labels, prompts, responses, score, groups, folds):
+            return Verdicts(np.full(len(prompts), 0.5), ["held out"] * len(prompts), ["ok"] * len(prompts)), [0.1] * len(folds)
+
+    learner, plain = Learner([0.0, 1.0, 0.0, 1.0], "learner"), Fixed([0.0, 0.5, 1.0, 0.2], "plain")
+    task = ("human-harm", *numbered(4), None, None, [])
+    for critic, expected in (
+        (MeanCritic(learner, plain), [0.25, 0.5, 0.75, 0.35]),
+        (MaxCritic(plain, learner), [0.5, 0.5, 1.0, 0.5]),
+        (Cascade(plain, learner), [0.0, 0.5, 1.0, 0.5]),
+        (Cascade(learner, plain), [0.0, 0.5, 1.0, 0.2]),
+        (MaxCritic(plain, Cascade(learner, plain)), [0.0, 0.5, 1.0, 0.2]),
+    ):
+        verdicts, thresholds = critic.cross_judge(*task)
+        np.testing.assert_allclose(verdicts.risk, expected)
+        assert thresholds is None
+    assert learner.asked == [] and critic.critics[1].saved_ == 0
 
 
 # ----------------------------------------------------------------------------------------- scorecards
@@ -271,8 +340,13 @@ def test_a_perfect_critic_scores_perfectly(labels):
         assert card[figure]["mean"] >= 0.97 and card[figure]["lo"] <= card[figure]["mean"] <= card[figure]["hi"]
     assert card["spearman"]["mean"] == pytest.approx(1)
     assert card["n"] == 200 and card["failures"] == {}
-    assert card["raters"] == {"n": 100, **dict.fromkeys(["rater_auroc", "critic_auroc", "rater_spearman", "critic_spearman"], 1.0)}
+    certain = {"mean": 1.0, "lo": 1.0, "hi": 1.0, "n": 100}
+    assert card["raters"] == {"n": 100, **dict.fromkeys(["rater_auroc", "critic_auroc", "rater_spearman", "critic_spearman"], pytest.approx(certain))}
     assert card["categories"]["a"]["n"] + card["categories"]["b"]["n"] == 200
+    assert all(c["auroc"] == {"mean": 1.0, "lo": 1.0, "hi": 1.0, "n": 100} for c in card["categories"].values())
+    gap = np.mean([abs(r["label"] - r["score"]) for r in labels])  # each of the five scores is a bin, in which all or none are harmful
+    assert card["ece"]["mean"] == pytest.approx(gap) and card["ece"]["lo"] < gap < card["ece"]["hi"]
+    assert "calls" not in card
     assert card["baselines"]["tfidf"]["auroc"]["mean"] == 1 and card["baselines"]["patterns"]["auroc"]["mean"] == 0.5
     json.dumps(card, allow_nan=False)
 
@@ -280,6 +354,20 @@ def test_a_perfect_critic_scores_perfectly(labels):
 def test_a_critic_that_guesses_scores_by_chance(labels):
     card = scorecard.critic_eval(Fixed(np.random.default_rng(1).random(200)), "human-harm")
     assert card["auroc"]["lo"] < 0.5 < card["auroc"]["hi"] and abs(card["spearman"]["mean"]) < 0.2
+
+
+def test_the_scorecard_of_a_cascade_says_what_it_saved(labels):
+    cheap, dear = Fixed([r["score"] for r in labels], "cheap"), Fixed([r["score"] for r in labels], "dear")
+    card = scorecard.critic_eval(Cascade(cheap, dear, unsure=(0.2, 0.8)), "human-harm", draws=20)
+    unsure = sum(0.2 <= r["score"] <= 0.8 for r in labels)
+    assert card["calls"] == {"asked": unsure, "saved": 200 - unsure} and len(dear.asked) == unsure and card["auroc"]["mean"] == 1
+
+
+def test_auroc_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    y, scores = rng.integers(0, 2, 200), rng.random(200).round(1)  # with ties
+    assert scorecard._auroc(y, scores) == pytest.approx(roc_auc_score(y, scores))
+    assert np.isnan(scorecard._auroc(np.ones(3), np.arange(3)))
 
 
 def test_refusal_is_the_opposite_of_risk(labels):
@@ -373,6 +461,51 @@ def test_an_audit_goes_on_where_it_stopped(tmp_path):
     other = Fixed([0.2] * 10, "another")
     audit(ROWS, other, tmp_path)
     assert other.asked == list(range(10))
+
+
+KILLED = """
+import sys, time
+import numpy as np
+from safelab.critics.audit import audit
+from safelab.critics.base import Critic, plain_verdicts
+
+class Slow(Critic):
+    name = "slow"
+    def judge(self, prompts, responses):
+        time.sleep(0.2)
+        return plain_verdicts(np.full(len(prompts), 0.25))
+
+audit([{"prompt": f"prompt {i}", "response": "x"} for i in range(40)], Slow(), sys.argv[1], batch=2)
+"""
+
+
+def test_a_killed_audit_goes_on(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stderr=subprocess.DEVNULL)
+    journal, deadline = tmp_path / "risks.jsonl", time.monotonic() + 60
+    while not journal.is_file() or journal.read_text().count("ok") < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "audit.json").exists()
+    kept = sum('"ok"}' in line for line in journal.read_text().splitlines())
+    again = Fixed([0.25] * 40, "slow")
+    result = audit([{"prompt": f"prompt {i}", "response": "x"} for i in range(40)], again, tmp_path)
+    assert 2 <= kept < 40 and again.asked == list(range(kept, 40)) and result["n"] == 40 and result["quantiles"]["0.5"] == 0.25
+
+
+def test_an_audit_counts_the_calls_that_a_cascade_saved_over_all_batches(tmp_path):
+    result = audit(ROWS, Cascade(Fixed([0.0] * 7 + [0.5] * 3), Fixed([0.7] * 10, "dear")), tmp_path, batch=4)
+    assert result["calls"] == {"asked": 3, "saved": 7} and result["critic"] == "fixed + dear"
+    assert "calls" not in audit(ROWS, Fixed([0.0] * 10), tmp_path)
+
+
+def test_what_a_critic_learns_at_its_first_call_is_not_its_rate(tmp_path):
+    class Learns(Fixed):
+        def judge(self, prompts, responses):
+            time.sleep(0.5 if not self.asked else 0.01)
+            return super().judge(prompts, responses)
+
+    assert audit(ROWS, Learns([0.0] * 10), tmp_path, batch=2)["examples_per_second"] > 20
 
 
 def test_an_example_without_a_verdict_counts_as_risky_and_is_tried_again(tmp_path, caplog):

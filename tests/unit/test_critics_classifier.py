@@ -241,6 +241,15 @@ def test_labelled_responses_are_read_once_a_model(labels, tiny, tiny_model, monk
     assert len(calls) == 2
 
 
+def test_a_critic_looks_at_its_kept_readings_once(labels, tiny, monkeypatch):
+    """The file is read and the model hashed once a critic, not with every fold."""
+    asked = []
+    real = classifier.fingerprint
+    monkeypatch.setattr(classifier, "fingerprint", lambda model: asked.append(model) or real(model))
+    critic_eval(ResponseClassifier(*tiny).fit(), "human-harm", draws=5, baselines=False)
+    assert len(asked) == 1
+
+
 def test_a_damaged_cache_is_read_again(labels, tiny, tmp_path):
     good = ResponseClassifier(*tiny).fit().head.weights_
     (file,) = (tmp_path / "readings").iterdir()

@@ -107,6 +107,31 @@ def test_what_a_critic_needs(run, labels, arguments, message):
     assert code == 1 and said == "" and message in err
 
 
+@pytest.mark.parametrize("name", ["x:probe,patterns", "max:patterns", "cascade:patterns,probe,judge", "mean:patterns,x", "patterns,probe", "max:", "", "max:max:patterns,probe"])
+def test_a_composed_critic_that_is_none(capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["critic-eval", "--labels", "human-harm", "--critic", name])
+    assert ended.value.code == 2 and "cascade of several" in capsys.readouterr().err
+
+
+def test_composed_critics_from_a_terminal(run, labels, pairs, tmp_path, monkeypatch):
+    """Patterns are never unsure, so a cascade that begins with them asks no more; with all of 0..1 unsure it asks always."""
+    code, said, _ = run("critic-eval", "--critic", "max:patterns,patterns", "--labels", "human-harm")
+    assert code == 0 and "calls saved" not in said and (tmp_path / "figures" / "critic-max-patterns-patterns-human-harm.json").is_file()
+    code, said, _ = run("critic-eval", "--critic", "cascade:patterns,patterns", "--labels", "human-harm")
+    assert code == 0 and "judged 0 of 60 examples: 60 calls saved" in said and "| a | 60 | 30 | 1.000 [1.000, 1.000] |" in said
+    code, said, _ = run("audit", "--data", pairs, "--critic", "cascade:patterns,patterns", "--unsure", 0, 1)
+    assert code == 0 and "judged 20 of 20 examples: 0 calls saved" in said and json.loads((tmp_path / "audit" / "audit.json").read_text())["calls"] == {"asked": 20, "saved": 0}
+
+
+def test_a_dry_run_of_a_cascade_counts_what_the_cheap_critic_leaves(run, pairs):
+    judge = ["--base-url", "http://127.0.0.1:9/v1", "--judge-model", "m", "--dry-run"]
+    code, said, _ = run("audit", "--data", pairs, "--critic", "cascade:patterns,judge", "--unsure", 1, 1, *judge)
+    assert code == 0 and said.startswith("1 calls (0 more are cached, 19 saved by the cheap critic)")
+    code, _, err = run("audit", "--data", pairs, "--critic", "max:patterns,judge", *judge)
+    assert code == 1 and "last in a cascade" in err
+
+
 def test_a_dry_run_prints_the_cost_and_asks_nobody(run, pairs):
     code, said, _ = run("audit", "--data", pairs, "--critic", "judge", "--base-url", "http://127.0.0.1:9/v1", "--judge-model", "m", "--dry-run", "--price", 1, 2, "--json")
     plan = json.loads(said)

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
+from safelab import cli
 from safelab.critics import JudgeCritic, JudgeError, judge
 from safelab.critics.judge import KEY_VARIABLE, question, read_grade, tag
 
@@ -313,6 +314,24 @@ def test_harmless_dressing_of_a_grade_is_read(server, said):
     assert judged(critic(server, retries=0)).raw == [4]
 
 
+@pytest.mark.parametrize(
+    ("reply", "name"),
+    [
+        ({"choices": [{"message": {"content": "MARK grade: 1"}}] * 2}, "wrong count"),
+        ({"choices": {"message": {"content": "MARK grade: 1"}}}, "wrong count"),
+        ({"choices": [{"message": {"content": None}}]}, "empty"),
+        ({"choices": [{"message": {"content": " "}}]}, "empty"),
+        ({"choices": [{"text": "MARK grade: 1"}]}, "empty"),
+        ({"choices": [None]}, "empty"),
+        ([{"message": {"content": "MARK grade: 1"}}], "error body"),
+        ("MARK grade: 1", "error body"),
+    ],
+)
+def test_json_that_is_no_single_completion(server, reply, name):
+    server.behaviours = [lambda handler, body: send(handler, 200, json.dumps(reply).replace("MARK", mark_of(body)).encode())]
+    assert judged(critic(server, retries=0)).failures == {name: 1}
+
+
 def test_a_redirect_is_not_followed(server):
     server.behaviours = [status(307, Location="http://127.0.0.1:9/v1")]
     assert judged(critic(server)).failures == {"http 307": 1}
@@ -322,6 +341,34 @@ def test_an_endless_reply_is_dropped(server, monkeypatch):
     monkeypatch.setattr(judge, "MAX_REPLY", 100)
     server.behaviours = [raw(b" " * 5000)]
     assert judged(critic(server)).failures == {"too long": 1}
+
+
+@pytest.mark.parametrize("policy", ["raise", "risky", "skip"])
+def test_training_says_on_what_the_judge_failed(server, policy, saved_model, tmp_path, monkeypatch, capsys, caplog):
+    """One of eight examples gets no verdict: the training ends, holds the example, or leaves it out, and counts it, once more when it goes on."""
+    failing = lambda handler, body: (status(400) if "number 3" in body["messages"][1]["content"] else grading(2))(handler, body)  # noqa: E731
+    server.behaviours = [failing]
+    data, out = tmp_path / "pairs.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps({"prompt": f"How do I bake bread number {i}?", "response": "Mix flour and water."}) + "\n" for i in range(8)))
+    command = ["train", "--data", data, "--out", out, "--model", saved_model("llama3"), "--defense", "adaptive-judge", "--critic", "judge"]
+    command += ["--base-url", server.url, "--judge-model", "m", "--on-failure", policy, "--quick", "--json"]
+    with monkeypatch.context() as patch:
+        if policy == "skip":  # stopped after the critic was asked
+            patch.setattr("safelab.training.AdaptiveSFTTrainer.train", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stopped")))
+        code = cli.main([str(word) for word in command])
+    if policy == "skip":
+        before = len(server.requests)
+        code = cli.main([str(word) for word in [*command, "--resume"]])
+        assert len(server.requests) == before
+    said = capsys.readouterr()
+    if policy == "raise":
+        assert code == 1 and "HTTP 400" in said.err and not (out / "training.json").exists()
+        return
+    result = json.loads(said.out)
+    assert code == 0 and result["critic_failures"] == {"http 400": 1} and result["trained_with"] == "judge:m"
+    assert sorted(result["risks"]) == [0.25] * 7 + [1.0] * (policy == "risky")
+    assert f"no verdict on 1 of 8 texts (http 400 1); {int(policy == 'skip')} are skipped" in caplog.text
+    assert "1 (http 400)" in (out / "README.md").read_text()
 
 
 # ----------------------------------------------------------------------------------------- waiting

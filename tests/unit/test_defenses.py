@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 
 from safelab.attacks import explicit_harmful
+from safelab.critics import Verdicts
 from safelab.defenses import DEFENSES, Booster, ConstrainedSFT, Lisa, SafetyMixing, StarDSS
 from safelab.defenses.alignment_data import alignment_pairs, endless_batches, harmful_pairs
 from safelab.defenses.antidote import prune_adapter
@@ -388,6 +389,37 @@ def test_every_defence_ends_in_one_adapter_for_the_safe_model(name, tiny_model, 
 
 
 # ----------------------------------------------------------------------------------------- the judge's risks
+
+
+class Failing:
+    """No verdict on the second text and a failure that counts on the third."""
+
+    name, model = "failing", "x"
+
+    def judge(self, prompts, responses):
+        risk = np.r_[0.25, np.nan, 1.0, np.zeros(len(prompts))][: len(prompts)]
+        return Verdicts(risk, [None] * len(prompts), ["ok", "timeout", "http 500", *["ok"] * len(prompts)][: len(prompts)])
+
+
+def test_what_a_critic_could_not_judge_is_left_out_or_held_and_counted(caplog):
+    defense = DEFENSES["adaptive-judge"](anchors=0, critic=Failing())
+    before = defense.parameters()
+    made = defense.before(None, None, dataset())
+    assert made["risk"] == [0.25, 1.0, 0.0] and made["prompt"] == [p for i, p in enumerate(dataset()["prompt"]) if i != 1]
+    assert defense.failures_ == {"timeout": 1, "http 500": 1} and "no verdict on 2 of 4 texts (timeout 1, http 500 1); 1 are skipped" in caplog.text
+    assert defense.parameters() == before  # which keys stored rows
+    assert defense.critic_name() == "failing:x"
+
+
+def test_star_dss_leaves_out_an_example_with_any_stretch_unjudged(tiny_tokenizer):
+    defense = StarDSS(words=1, critic=Failing())
+    made = defense.before(None, tiny_tokenizer("llama3"), Dataset.from_dict({"prompt": ["a", "b"], "response": ["one two three", "four"]}))
+    assert made["prompt"] == ["b"] and defense.failures_ == {"timeout": 1, "http 500": 1}
+
+
+@pytest.mark.parametrize("name, critic", [("sft", None), ("adaptive-probe", "probe"), ("adaptive-judge", "classifier"), ("star-dss", "classifier")])
+def test_a_defence_names_the_critic_that_trains(name, critic):
+    assert DEFENSES[name]().critic_name() == critic
 
 
 def test_the_default_judge_is_asked_once_and_another_critic_each_time(monkeypatch, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 from datasets import Dataset
 
 from safelab import experiments
-from safelab.defenses import SFT, ConstantKL
+from safelab.critics import PatternCritic
+from safelab.defenses import SFT, AdaptiveJudge, ConstantKL
 from safelab.experiments import Budget, Suite, _weights_hash, fingerprint, peak_memory, pooled, run_cell, summarise, with_time_left
 from safelab.models import SAFE
 
@@ -70,6 +71,17 @@ def test_row_says_what_made_it(no_model):
     assert (row["defense"], row["seed"], row["settings"]) == ("constant-kl", 2, {"beta_min": 0.3, "beta_max": 0.3})
     assert row["versions"]["torch"] and row["data"] == fingerprint(DATA)
     json.dumps(row)
+
+
+def test_a_row_says_which_critic_trained_and_which_measures(no_model, caplog):
+    """Kept rows too, and whatever they were kept with; the refusal patterns that measure are a critic themselves."""
+    for _ in range(2):
+        assert cell(AdaptiveJudge())["critics"] == {"trained_with": "classifier", "evaluated_with": "patterns", "same_critic": False}
+    assert cell(SFT())["critics"]["trained_with"] is None and not caplog.text
+    for _ in range(2):
+        caplog.clear()
+        assert cell(AdaptiveJudge(critic=PatternCritic()))["critics"]["same_critic"] and "use another to measure" in caplog.text
+    assert summarise("adaptive-judge", [cell(AdaptiveJudge())])["critics"]["trained_with"] == "classifier"
 
 
 def test_seeds_add_no_cases():

@@ -98,6 +98,14 @@ def test_the_proof_has_both_scorecards_of_each_set():
     assert row["text"]["auroc"]["mean"] == 1.0  # "poison" is in all of these harmful prompts
 
 
+def test_pairs_are_counted_in_order_only_where_there_are_pairs():
+    labels = np.repeat([1, 0], 3)
+    texts = ["Poison cake.", "Bake it.", "Poison it."] + ["Bake cake.", "Poison cake.", "Bake it."]  # the second pair is the wrong way round
+    held_out = (_synthetic(labels, 1), labels)
+    pairs, others = proof(TRAIN, {"twins": (texts, labels), "others": (texts, labels)}, _synthetic(TRAIN[1]), {"twins": held_out, "others": held_out})
+    assert (pairs["in_order"]["text"]["mean"], pairs["in_order"]["text"]["n"]) == (2 / 3, 3) and "in_order" not in others
+
+
 def test_the_text_baseline_sees_words_and_not_their_order_alone():
     probability = text_baseline(*TRAIN[:2]).predict_proba(["poison", "recipe", "zzz"])[:, 1]
     assert probability[0] > 0.5 > probability[1] and probability[2] == pytest.approx(0.5, abs=0.05)

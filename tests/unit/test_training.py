@@ -15,7 +15,9 @@ import pytest
 import torch
 from datasets import Dataset
 from ddp_worker import CASES, EXAMPLES, dataset, make_trainer, trainable, update, update_of
-from peft import LoraConfig
+from fsdp_worker import CASES as SHARDED
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from safelab.reference import SecondModel, output_head, response_logits, response_positions
@@ -357,23 +359,21 @@ def test_gradient_checkpointing_changes_no_gradient(kind, family, small_model, t
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, small_model, tiny_tokenizer):
-    """A folder with the models that the two-process test loads."""
+    """A folder with the models that the two-process tests load."""
     folder = tmp_path_factory.mktemp("models")
-    for family in ("llama3", "gemma3"):
-        small_model(family).save_pretrained(folder / family)
-        tiny_tokenizer(family).save_pretrained(folder / family)
+    for name, model in (("llama3", small_model("llama3")), ("gemma3", small_model("gemma3")), ("tied", small_model("llama3", tie_word_embeddings=True))):
+        model.save_pretrained(folder / name)
+        tiny_tokenizer("gemma3" if name == "gemma3" else "llama3").save_pretrained(folder / name)
     return folder
 
 
-@pytest.fixture(scope="module")
-def two_processes(models, tmp_path_factory):
-    """Updates by case, from each of two real processes over gloo that have half of the batch each."""
-    output = tmp_path_factory.mktemp("two")
+def on_two_processes(worker, models, output):
+    """What each of two real processes over gloo found, with half of every batch."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("ddp_worker.py")), str(models), str(output)]
+    command = [sys.executable, str(Path(__file__).with_name(worker)), str(models), str(output)]
     workers, logs = [], [output / "log0", output / "log1"]
     try:
         for rank, log in enumerate(logs):
@@ -387,8 +387,21 @@ def two_processes(models, tmp_path_factory):
         for worker in workers:
             worker.kill()
             worker.wait()
-    assert codes == [0, 0], logs[0].read_text()[-2000:]
+    assert codes == [0, 0], "\n\n".join(log.read_text()[-2000:] for log in logs)
     return [torch.load(output / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def two_processes(models, tmp_path_factory):
+    """Updates by case, from processes that have the whole model each."""
+    return on_two_processes("ddp_worker.py", models, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def sharded(models, tmp_path_factory):
+    """The folder and the updates by case of processes that share the weights (FSDP2)."""
+    output = tmp_path_factory.mktemp("sharded")
+    return output, on_two_processes("fsdp_worker.py", models, output)
 
 
 @pytest.fixture(scope="module")
@@ -404,7 +417,25 @@ def test_two_processes_make_the_same_update_as_one(case, two_processes, one_batc
         assert difference(process[case], expected) < 1e-5
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "gemma3"])
+@pytest.mark.parametrize("case", [*SHARDED, "accumulated"])
+def test_two_processes_that_share_the_weights_make_the_same_update_as_one(case, sharded, one_batch):
+    expected = one_batch("llama3" if case == "accumulated" else case)
+    for process in sharded[1]:
+        assert difference(process[case], expected) < 1e-5
+
+
+def test_a_run_with_shared_weights_can_go_on_and_saves_an_ordinary_adapter(sharded, models):
+    folder, (first, second) = sharded
+    for process in (first, second):
+        assert difference(process["resumed"], process["whole"]) < 1e-6
+        assert difference(process["whole"], first["whole"]) == 0
+    saved = folder / "run" / "saved"
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models / "llama3", dtype=torch.float64), saved, is_trainable=True)
+    assert difference(trainable(model), first["whole"]) < 1e-6
+    assert not list(folder.rglob("training_args.bin"))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("gemma3", "tied")])
 @pytest.mark.parametrize(("size", "steps"), [(1, 8), (3, 3)])
 def test_accumulated_micro_batches_make_the_same_update_as_one_batch(case, size, steps, one_batch, models, tmp_path):
     accumulated = update_of(case, models, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps)
@@ -496,6 +527,7 @@ def test_a_kept_trajectory_is_met_again(name, small_model, tiny_tokenizer, tmp_p
         (dict(schedule_kind="cubic"), "'cubic'.*linear, clamp, threshold"),
         (dict(risk_smoothing=0.9), "smoothing runs over steps"),
         (dict(save_total_limit=1), "2 or more"),
+        (dict(fp16=True), "fp16 needs a GPU"),
     ],
 )
 def test_bad_settings_are_refused(settings, message, tmp_path):

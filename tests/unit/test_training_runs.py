@@ -12,10 +12,9 @@ import pytest
 import torch
 from datasets import Dataset
 from ddp_worker import EXAMPLES, dataset, make_trainer, trainable, update
-from peft import PeftModel
 from resume_worker import SETTINGS, run
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
 from safelab.models import render_pairs
 from safelab.output import DONE, save_result
@@ -130,6 +129,16 @@ def test_each_example_and_step_has_a_line_of_signals(make, tmp_path):
         assert log["risk"] == pytest.approx(risk[free].mean(), abs=1e-5)
 
 
+class Reporter(TrainerCallback):
+    """What every ``report_to`` backend is given."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append((state.global_step, dict(logs)))
+
+
 def test_a_monitor_logs_what_it_measures_and_stops_on_its_budget(make):
     trainer, asked = make(per_device_train_batch_size=1), []
 
@@ -138,11 +147,17 @@ def test_a_monitor_logs_what_it_measures_and_stops_on_its_budget(make):
         return {"asr": 0.02 * len(asked), "utility": 0.5}
 
     monitor = SafetyMonitor(trainer, measure, every=2, stop_above={"asr": 0.05})
+    reporter = Reporter()
+    trainer.add_callback(reporter)
     trainer.add_callback(monitor)
     trainer.train()
     assert trainer.state.global_step == 6 and len(asked) == 3
     assert [(h["step"], h["asr"], h["utility"]) for h in trainer.state.log_history if "asr" in h] == [(2, 0.02, 0.5), (4, 0.04, 0.5), (6, 0.06, 0.5)]
     assert monitor.stopped == "stopped after step 6: asr 0.060 > 0.05"
+    seen = [(step, logs["asr"]) for step, logs in reporter.logs if "asr" in logs]
+    assert seen == [(2, 0.02), (4, 0.04), (6, 0.06)]
+    signals = [step for step, logs in reporter.logs if {"loss", "nll", "kl", "risk", "alpha", "beta"} <= set(logs)]
+    assert signals == [1, 2, 3, 4, 5, 6]
 
 
 # ------------------------------------------------------------------------------------------- checkpoints
@@ -310,6 +325,39 @@ def result(trainer):
     return about | {"history": [{"step": h["step"], "nll": h["nll"]} for h in trainer.state.log_history if "nll" in h]}
 
 
+LOAD = """
+import json, sys
+try:
+    import safelab.models
+    sys.exit("safelab is here")
+except ModuleNotFoundError:
+    pass
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, base, ids = sys.argv[1:]
+if base:
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+else:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+assert AutoTokenizer.from_pretrained(folder).chat_template
+with torch.no_grad():
+    print(json.dumps(model(input_ids=torch.tensor([json.loads(ids)])).logits.tolist()))
+"""
+"""A program of somebody who has transformers and peft, and no safelab."""
+
+
+def without_safelab(folder: Path, base: Path | str, ids: list[int]) -> torch.Tensor:
+    """The logits there: an interpreter that reads the installed packages but no .pth file, by which this project is on the path."""
+    packages = Path(torch.__file__).parents[1]
+    program = f"import sys; sys.path.append({str(packages)!r})\n{LOAD}"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", "-S", "-c", program, str(folder), str(base), json.dumps(ids)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.tensor(json.loads(done.stdout))
+
+
 @pytest.mark.parametrize("merge", [False, True])
 def test_what_is_saved_loads_without_safelab(merge, make, folder, tmp_path):
     trainer, out = make(learning_rate=0.1), tmp_path / "out"
@@ -320,12 +368,11 @@ def test_what_is_saved_loads_without_safelab(merge, make, folder, tmp_path):
     (out / "checkpoint-2").mkdir(parents=True)
     saved = save_result(trainer.model, trainer.processing_class, out, result(trainer), merge=merge)
     assert json.loads((out / DONE).read_text(encoding="utf-8")) == saved and not list(out.glob("checkpoint-*"))
-    model = AutoModelForCausalLM.from_pretrained(out if merge else folder)
-    if not merge:
-        model = PeftModel.from_pretrained(model, out)
-    with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
-    assert AutoTokenizer.from_pretrained(out).chat_template
+    torch.testing.assert_close(without_safelab(out, "" if merge else folder, ids[0].tolist()), expected, rtol=1e-4, atol=1e-5)
+    if merge:  # inference costs what it did: the same weights by name, shape and type in the same architecture
+        shapes = [{name: (w.shape, w.dtype) for name, w in load_file(path / "model.safetensors").items()} for path in (out, folder)]
+        configs = [json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (out, folder)]
+        assert shapes[0] == shapes[1] and configs[0]["architectures"] == configs[1]["architectures"]
     card = (out / "README.md").read_text(encoding="utf-8")
     (weights,) = load_file(next(out.glob("*.safetensors"))) and saved["weights"].items()
     for said in ("adaptive-probe", "`abc`, 8 examples", "torch 2", weights[1][:16], "merge" if merge else "PeftModel"):

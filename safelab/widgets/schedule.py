@@ -1,51 +1,9 @@
-"""Controls for notebooks: ipywidgets fronts, and beside each the plain function that it calls."""
+"""A schedule designed against the real risks of a data set."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-
-
-def threshold_figures(y: np.ndarray, risk: np.ndarray, threshold: float) -> dict[str, float]:
-    """Recall, precision and the share flagged where ``risk >= threshold``; ``y`` ``(n,)`` is 1 for harmful."""
-    flagged = np.asarray(risk) >= threshold
-    caught = int((flagged & (np.asarray(y) == 1)).sum())
-    return {
-        "recall": caught / max(int(np.sum(y)), 1),
-        "precision": caught / flagged.sum() if flagged.any() else float("nan"),
-        "flagged": float(flagged.mean()),
-    }
-
-
-def threshold_explorer(y: np.ndarray, risk: np.ndarray):
-    """A slider for the threshold, and what it does to recall and precision."""
-    import ipywidgets as w
-
-    slider = w.FloatSlider(0.5, min=0.0, max=1.0, step=0.01, description="threshold", continuous_update=False, readout_format=".2f")
-    text = w.HTML()
-
-    def show(_=None) -> None:
-        figures = threshold_figures(y, risk, slider.value)
-        text.value = (
-            f"<b>recall {100 * figures['recall']:.1f} %</b> of {int(np.sum(y))} harmful · "
-            f"<b>precision {100 * figures['precision']:.1f} %</b> · {100 * figures['flagged']:.1f} % of {len(y)} flagged"
-        )
-
-    slider.observe(show, "value")
-    show()
-    return w.VBox([slider, text])
-
-
-def disagreements(first: np.ndarray, second: np.ndarray, y: np.ndarray, *, names: tuple[str, str], threshold: float = 0.5) -> pd.DataFrame:
-    """Two critics by who flags what, and the share of each corner that people called harmful."""
-    a, b = np.asarray(first) >= threshold, np.asarray(second) >= threshold
-    rows = []
-    for left in (True, False):
-        for right in (True, False):
-            corner = (a == left) & (b == right)
-            rows.append({names[0]: "harmful" if left else "harmless", names[1]: "harmful" if right else "harmless", "examples": int(corner.sum()),
-                         "harmful, people say": f"{100 * np.asarray(y)[corner].mean():.0f} %" if corner.any() else "-"})  # fmt: skip
-    return pd.DataFrame(rows)
 
 
 def schedule_table(risk: np.ndarray, harmful: np.ndarray, *, batch_size: int = 8, **settings) -> pd.DataFrame:
@@ -75,6 +33,7 @@ def schedule_designer(risk: np.ndarray, harmful: np.ndarray):
 
     from safelab.plots import new_figure
     from safelab.schedules import GRANULARITIES, KINDS
+    from safelab.widgets.parts import named_box, png
 
     bounds = w.FloatRangeSlider(value=(0.1, 0.9), min=0.0, max=1.0, step=0.05, description="beta bounds", continuous_update=False)
     kind = w.Dropdown(options=KINDS, description="kind")
@@ -98,17 +57,9 @@ def schedule_designer(risk: np.ndarray, harmful: np.ndarray):
             ax.plot(rows.index, rows.beta, marker, color=colour, ms=4, mec="none", alpha=0.7, label=name)
         ax.set(xlabel="example, in training order", ylabel="beta", ylim=(-0.03, 1.03))
         ax.legend(frameon=False, ncols=2, loc="upper right", bbox_to_anchor=(1, 1.18))
-        picture.value = _png(figure)
+        picture.value = png(figure)
 
     for control in (bounds, kind, granularity, threshold, smoothing):
         control.observe(show, "value")
     show()
-    return w.VBox([w.HBox([bounds, kind, granularity]), w.HBox([threshold, smoothing]), text, picture])
-
-
-def _png(figure) -> bytes:
-    from io import BytesIO
-
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return named_box("schedule-designer", [w.HBox([bounds, kind, granularity]), w.HBox([threshold, smoothing]), text, picture])
