@@ -43,6 +43,7 @@ def test_has_the_form_of_the_course(path):
     for target in re.findall(r"\]\(([^)#:]+\.ipynb)\)", "\n".join(text)):
         assert (path.parent / target).is_file(), target
 
+
 STAND_INS = """
 import numpy as np
 from safelab import experiments
@@ -78,7 +79,7 @@ def test_the_stored_tables_are_explored_where_they_are(tmp_path):
         "keep('compare-tuned.json', grid(['explicit-100'], ['sft', 'adaptive-probe'], learning_rates=(5e-5, 2e-3), epochs=(1, 20)))",
     ])  # fmt: skip
     (path,) = [p for p in NOTEBOOKS if p.stem.startswith("05")]
-    notebook = in_quick_mode(nbformat.read(path, as_version=4))
+    notebook = in_quick_mode(path)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(tables))
     (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     parameters.source += "\nTABLES = '.'"
