@@ -335,7 +335,7 @@ def test_a_training_stops_on_its_safety_budget_and_says_so(asr, stops, tmp_path,
 def test_bench_prints_its_table_and_its_json(run, monkeypatch):
     spread = {"median": 1.0, "q1": 0.9, "q3": 1.1, "n": 3}
     made_up = {
-        "ratios": {"adaptive_cached/trl_sft": 0.5}, "medians": {"trl_sft": 2.0, "adaptive_cached": 1.0}, "spread": dict.fromkeys(("trl_sft", "adaptive_cached"), spread),
+        "ratios": {"adaptive_cached/trl_sft": 0.5}, "medians": {"trl_sft": 2.0, "adaptive_cached": 1.0}, "spread": dict.fromkeys(("trl_sft", "adaptive_cached"), spread) | {"adaptive_cached/trl_sft": spread | {"median": 0.5}},
         "memory_mb": {"trl_sft": 3000}, "cache": {"seconds_per_example": 0.05, "paid_back_after_epochs": 0.5},
         "head": {"tokens": 8, "width": 4, "vocabulary": 100, "moments": {"seconds": 1.0, "extra_gb": 0.1}, "reference_states": {"seconds": 2.0, "extra_gb": 0.2}},
         "targets": {"adaptive_cached/trl_sft": 0.75}, "met": {"adaptive_cached/trl_sft": True},
@@ -344,7 +344,7 @@ def test_bench_prints_its_table_and_its_json(run, monkeypatch):
     code, text, _ = run("bench", "--json")
     assert code == 0 and json.loads(text) == made_up
     _, text, _ = run("bench")
-    assert "| trl_sft | 2.000 | 0.900 to 1.100 | 0.50 | 3000 |" in text and "met: adaptive_cached/trl_sft <= 0.75" in text
+    assert "| trl_sft | 2.000 | 0.900 to 1.100 | 0.50, 0.90 to 1.10 | 3000 |" in text and "met: adaptive_cached/trl_sft <= 0.75" in text
 
 
 def test_evaluate_counts_the_refusals_of_the_prompts_it_was_given(prompts, saved_model, run, monkeypatch):
