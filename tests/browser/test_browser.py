@@ -166,6 +166,7 @@ def changes(box, *, picture: bool = True):
                 && [...box.querySelectorAll('img')].every(picture => picture.complete && picture.naturalWidth > 100);
         }}""",
         arg=[box.element_handle(), before, picture],
+        polling=250,  # not by frame: a page that shows nothing new may draw none
     )
 
 
