@@ -157,6 +157,8 @@ SHOWN = """box => ({
 @contextlib.contextmanager
 def changes(box, *, picture: bool = True):
     """What is done inside changes the widget's text, and its picture, to something other than a notice that it is at work."""
+    for shown in [box, *box.locator("img").all()]:  # what is out of sight is neither dragged nor drawn
+        shown.scroll_into_view_if_needed()
     before = box.evaluate(SHOWN)
     yield
     box.page.wait_for_function(
@@ -178,6 +180,7 @@ def threshold(box) -> None:
 
 
 def drag(handle, pixels: int) -> None:
+    handle.scroll_into_view_if_needed()
     at, mouse = handle.bounding_box(), handle.page.mouse
     mouse.move(at["x"] + at["width"] / 2, at["y"] + at["height"] / 2)
     mouse.down()
