@@ -1,11 +1,12 @@
 """What might make a training step faster, and does a step stay as fast when the data grow?
 
-    python benchmarks/training_speed.py [growth] [sorted] [joined] [head] [--steps 10] [--rounds 4]
+    python benchmarks/training_speed.py [growth] [sorted] [joined] [inference] [head] [--steps 10] [--rounds 4]
 
-growth   the same batches out of 100, 1,000 and 10,000 examples, their cached reference in a mapped file of that many
-sorted   64 examples in eight batches as they come, or sorted by length
-joined   the adapter-off reference in a pass of its own, or policy and reference in one pass of twice the rows
-head     time and memory of the loss at a large output head, for all rows at once and in groups
+growth     the same batches out of 100, 1,000 and 10,000 examples, their cached reference in a mapped file of that many
+sorted     64 examples in eight batches as they come, or sorted by length
+joined     the adapter-off reference in a pass of its own, or policy and reference in one pass of twice the rows
+inference  a forward pass of the start, tuned and merged, tuned with its adapter beside it
+head       time and memory of the loss at a large output head, for all rows at once and in groups
 
 The safe embedded model, batches of 8 of mixed lengths, LoRA under bfloat16 autocast. Arms take turns in one process, so ratios are paired.
 """
@@ -13,8 +14,10 @@ The safe embedded model, batches of 8 of mixed lengths, LoRA under bfloat16 auto
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 
@@ -51,8 +54,8 @@ def growth(model, tokenizer, output: str, *, steps: int, sizes=(100, 1_000, 10_0
         args = AdaptiveSFTConfig(**_settings(model, output), reference="adapter-off")
         trainer = AdaptiveSFTTrainer(_twin(model), args, data, processing_class=tokenizer, peft_config=lora_config())
         values = np.memmap(Path(output) / f"{size}", np.float32, "w+", shape=(copies * tokens, made.values.shape[1]))
-        for copy in range(copies):
-            values[copy * tokens : (copy + 1) * tokens] = made.values
+        for c in range(copies):
+            values[c * tokens : (c + 1) * tokens] = made.values
         spans = {c * len(base) + i: slice(c * tokens + s.start, c * tokens + s.stop) for c in range(copies) for i, s in made.spans.items()}
         trainer.reference = CachedMoments(values, spans)
         places = rng.integers(copies, size=(steps + 2, 8)) * len(base)
@@ -110,10 +113,31 @@ def joined(model, tokenizer, *, steps: int) -> dict:
     return compared(time_arms(arms, steps), "two passes")
 
 
+@torch.no_grad()
+def inference(model, tokenizer, *, steps: int) -> dict:
+    """The forward pass over two examples, from which every answer starts, without autocast."""
+    from peft import get_peft_model
+
+    def tuned():
+        net = get_peft_model(copy.deepcopy(model), lora_config())
+        for name, parameter in net.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01)
+        return net
+
+    nets = {"start": model, "merged": tuned().merge_and_unload(), "adapter": tuned()}
+    batch = PairCollator(tokenizer.pad_token_id)(list(tokenize_pairs(tokenizer, bench_data(2))))
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+
+    def forward(net, _: int) -> None:
+        net(**inputs, use_cache=False)
+
+    count = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
+    return compared(time_arms({name: partial(forward, net.eval()) for name, net in nets.items()}, steps), "start") | {"parameters": count}
+
+
 def at_the_head(n: int = 1024, width: int = 896, vocabulary: int = 151_936) -> dict:
     """NLL + KL, forward and backward, in float32: seconds and GB on top of what is there before."""
-    import time
-
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(vocabulary, width, generator=generator) * 0.05
     hidden, theirs = (torch.randn(n, width, generator=generator) for _ in range(2))
@@ -131,7 +155,7 @@ def at_the_head(n: int = 1024, width: int = 896, vocabulary: int = 151_936) -> d
 
 
 def main() -> None:
-    names = ("growth", "sorted", "joined", "head")
+    names = ("growth", "sorted", "joined", "inference", "head")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", default=names, choices=names)
     parser.add_argument("--steps", type=int, default=10)
@@ -152,6 +176,8 @@ def main() -> None:
                 found = by_length(model, tokenizer, output, rounds=args.rounds)
             elif what == "joined":
                 found = joined(model, tokenizer, steps=args.steps)
+            elif what == "inference":
+                found = inference(model, tokenizer, steps=args.steps)
             else:
                 found = at_the_head()
             result[what] = found | about

@@ -36,9 +36,10 @@ TARGETS = {
     "adaptive_cached/reference_design": 0.50,
     "memory:adaptive_cached/sft": 1.05,
     "head_extra_gb": 0.3,
+    "cache_paid_back_epochs": 1.0,
 }
 """The most that each may be."""
-MEMORY_ARMS = ("trl_sft", "lean_sft", "adaptive_cached", "reference_design")
+ARMS = ("trl_sft", "lean_sft", "sft", "adaptive_cached", "adaptive_adapter_off", "adaptive_model", "reference_design")
 LEARNING_RATE = 2e-4
 
 
@@ -282,7 +283,7 @@ def run_bench(*, steps: int = 20, quick: bool = False, seed: int = 0, model: str
     net, tokenizer = load_model(model)
     net.requires_grad_(False)
     data = bench_data(8 * (steps + 2), seed)
-    memory = {name: arm_memory(name, model=model, seed=seed) for name in MEMORY_ARMS}
+    memory = {name: arm_memory(name, model=model, seed=seed) for name in ARMS}
     with tempfile.TemporaryDirectory() as output:
         seconds = time_arms(make_arms(net, tokenizer, data, output), steps)
     per_example = cache_cost(net, tokenizer, data.select(range(min(64, len(data)))))
@@ -290,12 +291,13 @@ def run_bench(*, steps: int = 20, quick: bool = False, seed: int = 0, model: str
     cached = np.array(seconds["adaptive_cached"])
     paired = {f"adaptive_cached/{name}": spread(cached / s) for name, s in seconds.items() if name != "adaptive_cached"}
     ratios = {name: s["median"] for name, s in paired.items()}
-    ratios["memory:adaptive_cached/sft"] = memory["adaptive_cached"] / memory["lean_sft"]
+    ratios["memory:adaptive_cached/sft"] = memory["adaptive_cached"] / memory["lean_sft"]  # the leaner of the two plain ones
     ratios |= {f"memory:adaptive_cached/{name}": memory["adaptive_cached"] / memory[name] for name in ("trl_sft", "reference_design")}
     ratios = {name: round(r, 3) for name, r in ratios.items()}
     head = synthetic_head(*((64, 64, 1000) if quick else ()), seed=seed)
-    found = ratios | {"head_extra_gb": head["moments"]["extra_gb"]}
-    saved = medians["adaptive_adapter_off"] - medians["adaptive_cached"]
+    saved = medians["adaptive_adapter_off"] - medians["adaptive_cached"]  # what a step costs that makes the reference anew
+    paid_back = round(8 * per_example / saved, 2) if saved > 0 else None
+    found = ratios | {"head_extra_gb": head["moments"]["extra_gb"], "cache_paid_back_epochs": np.inf if paid_back is None else paid_back}
     return {
         "ratios": ratios,
         "medians": medians,
@@ -304,11 +306,11 @@ def run_bench(*, steps: int = 20, quick: bool = False, seed: int = 0, model: str
         "head": head,
         "cache": {
             "seconds_per_example": round(per_example, 4),
-            "paid_back_after_epochs": round(8 * per_example / saved, 2) if saved > 0 else None,  # against the adapter-off reference
-            "lookup_ms": {n: round(1000 * lookup_cost(n), 3) for n in (100, 10_000)},
+            "paid_back_after_epochs": paid_back,
+            "lookup_ms": {str(n): round(1000 * lookup_cost(n), 3) for n in (100, 10_000)},
         },
         "targets": TARGETS,
-        "met": {name: found[name] <= most for name, most in TARGETS.items()},
+        "met": {name: bool(found[name] <= most) for name, most in TARGETS.items()},
         "model": model,
         "steps": steps,
         "batch": {"size": 8, "tokens": _tokens(tokenizer, data)},
@@ -329,12 +331,13 @@ def _tokens(tokenizer, data: Dataset) -> dict:
 
 def bench_table(result: dict) -> str:
     """The result as a Markdown table."""
-    lines = ["| arm | seconds a step, median | quartiles | adaptive, cached / this | peak MB |", "|---|---|---|---|---|"]
+    lines = ["| arm | seconds a step, median | quartiles | adaptive, cached / this: median of paired ratios, quartiles | peak MB |", "|---|---|---|---|---|"]
     for name, median in result["medians"].items():
-        s, ratio, memory = result["spread"][name], result["ratios"].get(f"adaptive_cached/{name}"), result["memory_mb"].get(name, "")
-        lines.append(f"| {name} | {median:.3f} | {s['q1']:.3f} to {s['q3']:.3f} | {'' if ratio is None else f'{ratio:.2f}'} | {memory} |")
+        s, paired, memory = result["spread"][name], result["spread"].get(f"adaptive_cached/{name}"), result["memory_mb"].get(name, "")
+        ratio = f"{paired['median']:.2f}, {paired['q1']:.2f} to {paired['q3']:.2f}" if paired else ""
+        lines.append(f"| {name} | {median:.3f} | {s['q1']:.3f} to {s['q3']:.3f} | {ratio} | {memory} |")
     cache, head = result["cache"], result["head"]
-    lines.append(f"\nthe cached reference: {1000 * cache['seconds_per_example']:.0f} ms an example once, paid back after {cache['paid_back_after_epochs']} epochs")
+    lines.append(f"\nthe cached reference: {1000 * cache['seconds_per_example']:.0f} ms an example once, paid back after {cache['paid_back_after_epochs']} epochs beside adapter-off")
     lines.append(
         f"a head of {head['vocabulary']:,} x {head['width']} on {head['tokens']} tokens: "
         + ", ".join(f"{k.replace('_', ' ')} {head[k]['seconds']:.1f} s and {head[k]['extra_gb']:.2f} GB" for k in ("moments", "reference_states"))

@@ -31,8 +31,9 @@ def critic_eval(critic, name: str, *, seed: int = 0, limit: int | None = None, d
 
     Five folds, split by prompt group. A critic that learns (``cross_judge``) is trained on the other four; the
     threshold is the highest that reaches :data:`HIGH_RECALL` on them. Intervals are 95 %, over resampled groups,
-    since answers to one prompt are not independent. On ``human-refusal`` the label is the refusal, so a critic of
-    harm is taken by ``1 - risk``.
+    since answers to one prompt are not independent; that of ``ece`` lies rather high, as resampling adds to it. The
+    thresholds of composed critics are set on held-out risks of the other folds. On ``human-refusal`` the label is the
+    refusal, so a critic of harm is taken by ``1 - risk``.
 
     Parameters
     ----------

@@ -28,9 +28,10 @@ def threshold_explorer(y: np.ndarray, risk: np.ndarray):
 
     def show(_=None) -> None:
         figures = threshold_figures(y, risk, slider.value)
+        precision = f"{100 * figures['precision']:.1f} %" if figures["flagged"] else "undefined"
         text.value = (
             f"<b>recall {100 * figures['recall']:.1f} %</b> of {int(np.sum(y))} harmful · "
-            f"<b>precision {100 * figures['precision']:.1f} %</b> · {100 * figures['flagged']:.1f} % of {len(y)} flagged"
+            f"<b>precision {precision}</b> · {100 * figures['flagged']:.1f} % of {len(y)} flagged"
         )
 
     slider.observe(show, "value")

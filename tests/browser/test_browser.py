@@ -159,6 +159,8 @@ SHOWN = """box => [
 @contextlib.contextmanager
 def changes(box):
     """What is done inside changes a text or a picture of the widget; a text that ends in an ellipsis only says that it is at work."""
+    for shown in [box, *box.locator("img").all()]:  # what is out of sight is neither dragged nor drawn
+        shown.scroll_into_view_if_needed()
     before = box.evaluate(SHOWN)
     yield
     box.page.wait_for_function(
@@ -167,6 +169,7 @@ def changes(box):
             return String(now) !== String(before) && !now.some(shown => shown.endsWith('\u2026'));
         }}""",
         arg=[box.element_handle(), before],
+        polling=250,  # not by frame: a page that shows nothing new may draw none
     )
 
 

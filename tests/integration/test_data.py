@@ -56,7 +56,7 @@ def test_sets_are_as_large_as_the_datasheet_says():
     assert count["harmful"] == count["twins"] == {"align": 1301, "probe": 240, "attack": 120, "eval": 100}
     assert count["hard-harmful"] == count["hard-twins"] == {"eval": 612}
     assert count["balanced-harmful"] == count["balanced-twins"] == {"eval": 120}
-    assert count["everyday"] == {"align": 760, "probe": 140, "attack": 40, "eval": 200}
+    assert count["everyday"] == {"align": 760, "probe": 482, "attack": 40, "eval": 200}
     assert count["advbench"] == {"align": 109, "probe": 86, "attack": 190, "eval": 131}
     assert count["strongreject"] == {"eval": 313}
     assert len(set(load_prompts("everyday")["category"])) == 19

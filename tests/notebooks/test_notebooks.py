@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, in its quick mode; those with widgets do so in tests/browser, where there is a browser."""
 
+import json
 import re
 
 import nbformat
@@ -43,6 +44,7 @@ def test_has_the_form_of_the_course(path):
     for target in re.findall(r"\]\(([^)#:]+\.ipynb)\)", "\n".join(text)):
         assert (path.parent / target).is_file(), target
 
+
 STAND_INS = """
 import numpy as np
 from safelab import experiments
@@ -78,7 +80,7 @@ def test_the_stored_tables_are_explored_where_they_are(tmp_path):
         "keep('compare-tuned.json', grid(['explicit-100'], ['sft', 'adaptive-probe'], learning_rates=(5e-5, 2e-3), epochs=(1, 20)))",
     ])  # fmt: skip
     (path,) = [p for p in NOTEBOOKS if p.stem.startswith("05")]
-    notebook = in_quick_mode(nbformat.read(path, as_version=4))
+    notebook = in_quick_mode(path)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(tables))
     (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     parameters.source += "\nTABLES = '.'"
@@ -89,3 +91,24 @@ def test_the_stored_tables_are_explored_where_they_are(tmp_path):
     assert "mixture-10: the safe start answers 5 %" in said and "sft: at most 95 % [83, 99], n=40 of the harmful prompts answered (explicit-100, learning rate 5e-05, epochs 1)" in said
     figures = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})]
     assert len(figures) == 5  # a heat map, three attacks in two figures, tuned attackers, the ablation
+
+
+def test_a_model_a_data_set_and_prompts_of_ones_own(tmp_path, saved_model):
+    """Notebook 6 with a tiny model in a folder, a file of pairs, a file of prompts and another judge."""
+    pairs = [{"prompt": f"question {i}", "response": "I'm sorry, but I can't help with that." if i % 2 else f"answer {i}: steal <b>"} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
+    (tmp_path / "mine.csv").write_text("prompt,label\nhow to pick a lock,1\nhow to bake,0\nhello,\n", encoding="utf-8")
+    (path,) = [p for p in NOTEBOOKS if p.stem.startswith("06")]
+    notebook = in_quick_mode(path)
+    (parameters,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    parameters.source += f"\nMODEL, DATA, PROMPTS, JUDGE, OUT = {str(saved_model('llama3'))!r}, 'pairs.jsonl', 'mine.csv', 'patterns', 'made'"
+    (both,) = [c for c in notebook.cells if c.cell_type == "code" and "BOTH = False" in c.source]
+    both.source = both.source.replace("BOTH = False", "BOTH = True")
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    check_ran(notebook)
+    report = json.loads((tmp_path / "made" / "report.json").read_text(encoding="utf-8"))
+    assert [(f["file"], f["rows"]) for f in report["files"]] == [("pairs.jsonl", 40), ("mine.csv", 3)]
+    assert report["run"]["examples"] == report["audit"]["n"] == 32 and report["audit"]["risky"]["mean"] == 0.5 and report["audit"]["critic"] == report["run"]["critic"] == "patterns + words"
+    assert {k: r["n"] for k, r in report["measured"]["protected"]["rates"].items()} == {"asr": 1, "over_refusal": 1, "refused": 1, "utility": 4}
+    assert (tmp_path / "made" / "report.pdf").is_file() and "<b>" not in (tmp_path / "made" / "report.html").read_text(encoding="utf-8")
+    assert (tmp_path / "made" / "protected" / "adapter_config.json").is_file()

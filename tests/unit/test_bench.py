@@ -14,14 +14,15 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_a_quick_bench_has_every_arm_ratio_and_target(saved_model, monkeypatch):
-    memory = {"trl_sft": 400, "lean_sft": 400, "adaptive_cached": 410, "reference_design": 800}
+    memory = dict.fromkeys(bench.ARMS, 400) | {"adaptive_cached": 410, "reference_design": 800}
     monkeypatch.setattr(bench, "arm_memory", lambda name, **_: memory[name])
     result = bench.run_bench(quick=True, model=str(saved_model("llama3")))
-    arms = {"trl_sft", "lean_sft", "sft", "adaptive_cached", "adaptive_adapter_off", "adaptive_model", "reference_design"}
-    assert set(result["medians"]) == arms and all(result["spread"][arm]["n"] == 3 for arm in arms)
+    assert set(result["medians"]) == set(result["memory_mb"]) == set(bench.ARMS) and all(result["spread"][arm]["n"] == 3 for arm in bench.ARMS)
     assert result["ratios"]["memory:adaptive_cached/sft"] == 1.025 and result["met"]["memory:adaptive_cached/sft"]
     assert set(result["met"]) == set(bench.TARGETS)
-    assert json.loads(json.dumps(result)) and "| trl_sft |" in bench.bench_table(result)
+    paid_back = result["cache"]["paid_back_after_epochs"]
+    assert result["met"]["cache_paid_back_epochs"] == (paid_back is not None and paid_back <= 1)
+    assert json.loads(json.dumps(result)) == result and "| trl_sft |" in bench.bench_table(result)
 
 
 def test_arms_take_turns_on_the_same_batches():

@@ -183,7 +183,8 @@ def test_train_writes_an_adapter_that_evaluate_can_use(tmp_path, pairs, prompts,
     assert code == 0, err
     result = json.loads(text)
     assert result["defense"] == defense and result["examples"] == 20 and result["seed"] == 3 and result["out"] == str(out)
-    assert [h["step"] for h in result["history"]] == [1, 2, 3, 4, 5, 6]  # 20 examples in batches of 8, twice
+    steps = 8 if defense == "adaptive-probe" else 6  # 20 examples, and 8 anchors, in batches of 8, twice
+    assert [h["step"] for h in result["history"]] == list(range(1, steps + 1))
     assert all(beta[0] - 1e-6 <= h["beta"] <= beta[1] + 1e-6 and ("kl" in h) == (defense != "sft") for h in result["history"])
     assert (result["risks"] or [None])[-1] == (1.0 if defense == "adaptive-probe" else None)
     assert json.loads((out / "training.json").read_text(encoding="utf-8")) == {k: v for k, v in result.items() if k != "out"}
@@ -335,7 +336,7 @@ def test_a_training_stops_on_its_safety_budget_and_says_so(asr, stops, tmp_path,
 def test_bench_prints_its_table_and_its_json(run, monkeypatch):
     spread = {"median": 1.0, "q1": 0.9, "q3": 1.1, "n": 3}
     made_up = {
-        "ratios": {"adaptive_cached/trl_sft": 0.5}, "medians": {"trl_sft": 2.0, "adaptive_cached": 1.0}, "spread": dict.fromkeys(("trl_sft", "adaptive_cached"), spread),
+        "ratios": {"adaptive_cached/trl_sft": 0.5}, "medians": {"trl_sft": 2.0, "adaptive_cached": 1.0}, "spread": dict.fromkeys(("trl_sft", "adaptive_cached"), spread) | {"adaptive_cached/trl_sft": spread | {"median": 0.5}},
         "memory_mb": {"trl_sft": 3000}, "cache": {"seconds_per_example": 0.05, "paid_back_after_epochs": 0.5},
         "head": {"tokens": 8, "width": 4, "vocabulary": 100, "moments": {"seconds": 1.0, "extra_gb": 0.1}, "reference_states": {"seconds": 2.0, "extra_gb": 0.2}},
         "targets": {"adaptive_cached/trl_sft": 0.75}, "met": {"adaptive_cached/trl_sft": True},
@@ -344,7 +345,7 @@ def test_bench_prints_its_table_and_its_json(run, monkeypatch):
     code, text, _ = run("bench", "--json")
     assert code == 0 and json.loads(text) == made_up
     _, text, _ = run("bench")
-    assert "| trl_sft | 2.000 | 0.900 to 1.100 | 0.50 | 3000 |" in text and "met: adaptive_cached/trl_sft <= 0.75" in text
+    assert "| trl_sft | 2.000 | 0.900 to 1.100 | 0.50, 0.90 to 1.10 | 3000 |" in text and "met: adaptive_cached/trl_sft <= 0.75" in text
 
 
 def test_evaluate_counts_the_refusals_of_the_prompts_it_was_given(prompts, saved_model, run, monkeypatch):

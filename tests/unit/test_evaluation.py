@@ -17,6 +17,7 @@ from safelab.evaluation import (
     Rate,
     answer_scores,
     attack_success,
+    autocast,
     generate,
     is_refusal,
     over_refusal,
@@ -411,3 +412,27 @@ def test_perplexity_is_over_all_response_tokens_and_only_those(family, exact):
     for size in (2, 16):
         found = perplexity(model, tokenizer, PROMPTS, responses, batch_size=size)
         assert found == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- autocast
+
+
+def test_autocast_with_weights_cast_once_is_autocast_and_leaves_them_as_they_were(family):
+    model, tokenizer = family
+    trained = next(m for m in model.modules() if isinstance(m, torch.nn.Linear)).weight
+    before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    trained.requires_grad_(True)
+    ids = torch.tensor([render_prompts(tokenizer, PROMPTS[:1])[0]])
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = model(ids).logits
+        with pytest.raises(KeyboardInterrupt), autocast(model):
+            assert trained.dtype == torch.float32 and model.get_output_embeddings().weight.dtype == torch.bfloat16
+            assert model.get_input_embeddings().weight.dtype == torch.float32  # tied to the head in some families
+            assert torch.equal(model(ids).logits, expected)
+            raise KeyboardInterrupt
+    finally:
+        model.requires_grad_(True)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(after[n] is p and torch.equal(p, values) for n, (p, values) in before.items())

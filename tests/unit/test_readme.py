@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from safelab import cli
 from safelab.cli import demo_table
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +21,41 @@ def test_safe_start_table_is_the_report():
     for name in ("advbench", "strongreject", "harmful", "twins", "everyday"):
         r = report[f"refusals_{name}"]
         assert f"{100 * r['mean']:.1f} % [{100 * r['lo']:.1f}, {100 * r['hi']:.1f}], n={r['n']}" in README
+
+
+def critics_table() -> str:
+    """The scorecards in figures/ as the README's table."""
+    sets = ("human-harm", "human-objective", "human-refusal")
+    cards = {(c["critic"], c["labels"]): c for c in (json.loads(f.read_text(encoding="utf-8")) for f in (ROOT / "figures").glob("critic-*.json"))}
+
+    def figure(f: dict) -> str:
+        return f"{f['mean']:.2f} [{f['lo']:.2f}, {f['hi']:.2f}]"
+
+    def of(name: str, labels: str) -> dict | None:
+        return cards["classifier", labels]["baselines"]["tfidf"] if name == "tfidf" else cards.get((name, labels))
+
+    harm, objective, refusal = (cards["classifier", labels]["n"] for labels in sets)
+    lines = [f"| critic | harm, n={harm} | recall | precision | objective, n={objective} | refusal, n={refusal} |", "|---" * 6 + "|"]
+    for name, label in {"patterns": "`patterns`", "tfidf": "TF-IDF, a baseline", "probe": "`probe`", "local-judge": "`local-judge`, the embedded model", "classifier": "`classifier`, the default"}.items():
+        cells = [figure(of(name, sets[0])[key]) for key in ("auroc", "recall", "precision")] + [figure(card["auroc"]) if (card := of(name, labels)) else "-" for labels in sets[1:]]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, f"| a rater | {figure(cards['classifier', sets[0]]['raters']['rater_auroc'])} | - | - | - | - |"])
+
+
+def test_critics_table_is_the_scorecards():
+    assert f"<!-- critics -->\n{critics_table()}\n<!-- end critics -->" in README
+    raters = json.loads((ROOT / "figures" / "critic-classifier-human-harm.json").read_text(encoding="utf-8"))["raters"]
+    assert f"the classifier reaches {raters['critic_auroc']['mean']:.2f} there" in README
+
+
+def test_the_audits_rate_is_the_benchmarks():
+    """In the README, and where somebody who is about to start one looks."""
+    found = json.loads((ROOT / "benchmarks" / "audit_rate.json").read_text(encoding="utf-8"))
+    rate = f"about {found['examples_per_second']:.0f} examples a second"
+    minutes = f"10,000 take about {10_000 / found['examples_per_second'] / 60:.0f} minutes"
+    (audit,) = [action for action in cli._parser()._subparsers._group_actions[0].choices.values() if action.prog.endswith(" audit")]
+    for text in (README, audit.description):
+        assert rate in text and minutes in text and "one CPU core" in text
 
 
 def test_every_file_linked_exists():

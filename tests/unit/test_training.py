@@ -442,6 +442,12 @@ def test_accumulated_micro_batches_make_the_same_update_as_one_batch(case, size,
     assert difference(accumulated, one_batch(case)) < 1e-5
 
 
+def test_sorting_by_length_within_a_step_changes_no_update(one_batch, models, tmp_path):
+    """transformers' own sampler: it decides which examples are padded together, and the step is a mean over all of them."""
+    grouped = dict(train_sampling_strategy="group_by_length", per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert difference(update_of("llama3", models, tmp_path, **grouped), one_batch("llama3")) < 1e-5
+
+
 # --------------------------------------------------------------------------------- whole trajectories
 
 STEPS = dict(
