@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from safelab import cli
 from safelab.cli import demo_table
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +35,7 @@ def critics_table() -> str:
 
     harm, objective, refusal = (cards["classifier", labels]["n"] for labels in sets)
     lines = [f"| critic | harm, n={harm} | recall | precision | objective, n={objective} | refusal, n={refusal} |", "|---" * 6 + "|"]
-    for name, label in {"patterns": "`patterns`", "tfidf": "TF-IDF, a baseline", "probe": "`probe`", "local-judge": "`local-judge`, the embedded model", "classifier": "`classifier`, the default"}.items():
+    for name, label in {"patterns": "`patterns`", "tfidf": "TF-IDF, a baseline", "classifier": "`classifier`, the default"}.items():
         cells = [figure(of(name, sets[0])[key]) for key in ("auroc", "recall", "precision")] + [figure(card["auroc"]) if (card := of(name, labels)) else "-" for labels in sets[1:]]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, f"| a rater | {figure(cards['classifier', sets[0]]['raters']['rater_auroc'])} | - | - | - | - |"])
@@ -46,20 +45,3 @@ def test_critics_table_is_the_scorecards():
     assert f"<!-- critics -->\n{critics_table()}\n<!-- end critics -->" in README
     raters = json.loads((ROOT / "figures" / "critic-classifier-human-harm.json").read_text(encoding="utf-8"))["raters"]
     assert f"the classifier reaches {raters['critic_auroc']['mean']:.2f} there" in README
-
-
-def test_the_audits_rate_is_the_benchmarks():
-    """In the README, and where somebody who is about to start one looks."""
-    found = json.loads((ROOT / "benchmarks" / "audit_rate.json").read_text(encoding="utf-8"))
-    rate = f"about {found['examples_per_second']:.0f} examples a second"
-    minutes = f"10,000 take about {10_000 / found['examples_per_second'] / 60:.0f} minutes"
-    (audit,) = [action for action in cli._parser()._subparsers._group_actions[0].choices.values() if action.prog.endswith(" audit")]
-    for text in (README, audit.description):
-        assert rate in text and minutes in text and "one CPU core" in text
-
-
-def test_every_file_linked_exists():
-    import re
-
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
