@@ -194,8 +194,10 @@ def schedule_designer(box) -> None:
         drag(box.get_by_role("slider", name="bounds to"), -60)  # below 0.5 nothing is held
     with changes(box):
         drag(box.get_by_role("slider", name="bounds to"), 60)
+    granularity = box.get_by_role("combobox", name="granularity")
+    other = "batch-max" if granularity.evaluate("control => control.selectedOptions[0].text") == "batch" else "batch"
     with changes(box):
-        box.get_by_role("combobox", name="granularity").select_option("batch")
+        granularity.select_option(other)
     with changes(box):
         box.get_by_role("slider", name="smoothing").press("PageUp")
 

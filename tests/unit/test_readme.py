@@ -1,6 +1,7 @@
 """The README's figures are those of the files that the named commands wrote."""
 
 import json
+import re
 from pathlib import Path
 
 from safelab.cli import demo_table
@@ -45,3 +46,8 @@ def test_critics_table_is_the_scorecards():
     assert f"<!-- critics -->\n{critics_table()}\n<!-- end critics -->" in README
     raters = json.loads((ROOT / "figures" / "critic-classifier-human-harm.json").read_text(encoding="utf-8"))["raters"]
     assert f"the classifier reaches {raters['critic_auroc']['mean']:.2f} there" in README
+
+
+def test_every_file_linked_exists():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
