@@ -27,7 +27,8 @@ def check_ran(notebook) -> None:
     """Every cell was run, none ended in an error, and every figure was drawn."""
     cells = [c for c in notebook.cells if c.cell_type == "code"]
     outputs = [o for c in cells for o in c.outputs]
-    assert not [f"{o.ename}: {o.evalue}" for o in outputs if o.output_type == "error"]
-    assert all(c.execution_count for c in cells)
+    errors = [f"{o.ename}: {o.evalue}" for o in outputs if o.output_type == "error"]
+    assert not errors, errors
+    assert all(c.execution_count for c in cells), "a cell was not run"
     shown = [o.data for o in outputs if "data" in o]
     assert not [data for data in shown if "Figure" in data.get("text/plain", "") and "image/png" not in data], "a figure that is not drawn"
