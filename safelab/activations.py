@@ -137,7 +137,7 @@ def extract_activations(
         bar = tqdm(total=len(texts), desc=progress, disable=progress is None, unit="prompt", leave=False)
         with _eval_mode(model), torch.no_grad(), cast, bar:
             # what all texts begin with, mostly the template's opening, is read once and kept as keys and values
-            shared = _shared(texts, starts) if layers[-1] else 0
+            shared = shared_beginning(texts, starts) if layers[-1] else 0
             past, head = DynamicCache(config=config), {}
             if shared:
                 head = _read(model, blocks, layers, torch.tensor([texts[0][:shared]]), past, lambda layer, h: h[0].float())
@@ -167,8 +167,8 @@ def extract_activations(
     return Activations(values, tuple(layers), position, offsets if position == "all" else None)
 
 
-def _shared(texts: list[list[int]], starts: list[int]) -> int:
-    """How many tokens all texts begin with; each keeps one of its own at least, and a response all of them."""
+def shared_beginning(texts: list[list[int]], starts: list[int]) -> int:
+    """How many tokens all texts begin with; each keeps one of its own at least, and a response, which begins at its start, all of them."""
     longest = min(start or len(text) - 1 for text, start in zip(texts, starts))
     first, last = min(texts), max(texts)  # what these two share, all do
     return next((i for i in range(longest) if first[i] != last[i]), longest)

@@ -266,7 +266,7 @@ def _report(args) -> tuple[dict, str]:
     from datasets import Dataset
 
     from safelab.critics.audit import audit
-    from safelab.datasets import load_prompts, read_pair_file
+    from safelab.datasets import read_pair_file
     from safelab.experiments import fingerprint
     from safelab.models import load_model
     from safelab.output import DONE
@@ -281,9 +281,7 @@ def _report(args) -> tuple[dict, str]:
         raise ValueError(f"{args.data} is not what {args.folder} was trained on")
     prompts = []
     for name in args.prompts or ("harmful", "everyday"):
-        found = load_prompts(name)
-        found = load_prompts(name, "eval") if "eval" in set(found["split"] if "split" in found.column_names else ()) else found
-        prompts += [{"prompt": r["prompt"], "label": r["label"]} for r in found][: 8 if args.quick else None]
+        prompts += [{"prompt": r["prompt"], "label": r["label"]} for r in _to_judge(name)][: 8 if args.quick else None]
     pairs = read_pair_file(args.held_out) if args.held_out else None
     critic = _critic(argparse.Namespace(**vars(args) | {"dry_run": False}))
     facts = {
@@ -378,14 +376,10 @@ def _evaluate(args) -> tuple[dict, str]:
     import numpy as np
 
     from safelab.critics.base import check_apart
-    from safelab.datasets import load_prompts
     from safelab.evaluation import generate, is_refusal, rate
     from safelab.experiments import MEASURED_BY
 
-    rows = load_prompts(args.prompts)
-    if "split" in rows.column_names and "eval" in set(rows["split"]):
-        rows = load_prompts(args.prompts, "eval")
-    prompts = list(rows["prompt"])[: 16 if args.quick else None]
+    prompts = list(_to_judge(args.prompts)["prompt"])[: 16 if args.quick else None]
     model, tokenizer = _model(args)
     critic = _critic(argparse.Namespace(**vars(args) | {"model": args.critic_model, "dry_run": False})) if args.critic else None
     apart = check_apart(_trained_with(args.adapter or args.model), critic or MEASURED_BY)
@@ -403,6 +397,14 @@ def _evaluate(args) -> tuple[dict, str]:
     failed = f"\nwithout a verdict: {', '.join(f'{k} {v}' for k, v in verdicts.failures.items())}" if verdicts.failures else ""
     same = "\nit is the critic that trained this model: use another to measure" if apart["same_critic"] else ""
     return result, f"refused {refused}\n{apart['evaluated_with']} finds {harmful} of the answers harmful{failed}{same}"
+
+
+def _to_judge(name: str):
+    """The prompts of a file or a registered set; of a set with splits those that judge."""
+    from safelab.datasets import load_prompts
+
+    rows = load_prompts(name)
+    return load_prompts(name, "eval") if "split" in rows.column_names and "eval" in set(rows["split"]) else rows
 
 
 def _trained_with(folder: Path | str | None) -> str | None:

@@ -375,8 +375,8 @@ def run_grid(
     return rows
 
 
-def run_named(cell: Cell, *, model: str, quick: bool = False, force: bool = False, suite: Suite | None = None) -> dict:
-    """One cell of a grid -> its row (:func:`run_cell`'s) with ``has_task`` beside it."""
+def run_named(cell: Cell, *, model: str, quick: bool = False, force: bool = False, suite: Suite | None = None, variant: Defense | None = None) -> dict:
+    """One cell of a grid -> its row (:func:`run_cell`'s) with ``has_task`` beside it; ``variant`` is the cell's defence with settings of its own."""
     from safelab.attacks import ATTACKS, PLAIN
     from safelab.defenses import DEFENSES
 
@@ -389,7 +389,7 @@ def run_named(cell: Cell, *, model: str, quick: bool = False, force: bool = Fals
         data = attack.data(cell.seed)
         if quick:
             data = data.select(range(min(QUICK_EXAMPLES, len(data))))
-        row = run_cell(attack.name, data, DEFENSES[cell.defense](), cell.seed, budget=cell_budget(cell, attack, quick), **common)
+        row = run_cell(attack.name, data, variant or DEFENSES[cell.defense](), cell.seed, budget=cell_budget(cell, attack, quick), **common)
     return row | {"attack": attack.name, "has_task": attack.has_task}
 
 
@@ -403,18 +403,12 @@ def ablate(attack: str, setting: str, values, *, defense: str = "adaptive-probe"
     TypeError
         A setting that the defence does not have.
     """
-    from safelab.attacks import ATTACKS, PLAIN
     from safelab.defenses import DEFENSES
     from safelab.models import SAFE
 
-    cells = grid([attack], [defense], seeds, epochs=(epochs,))[1:]
-    scenario, points = ATTACKS[attack], []
-    wrapper = None if scenario.wrapper == PLAIN else scenario.wrapper
+    cells, points = grid([attack], [defense], seeds, epochs=(epochs,))[1:], []
     for value in values:
-        variant = DEFENSES[defense](**{setting: value})
-        rows = [
-            run_cell(attack, scenario.data(c.seed), variant, c.seed, model=model or SAFE, budget=cell_budget(c, scenario), suite=suite or Suite(), wrapper=wrapper) for c in cells
-        ]
+        rows = [run_named(cell, model=model or SAFE, suite=suite, variant=DEFENSES[defense](**{setting: value})) for cell in cells]
         points.append({"setting": setting, "value": value, "seeds": list(seeds)} | {key: pooled([r["flags"][key] for r in rows]).to_dict() for key in rows[0]["flags"]})
     return points
 

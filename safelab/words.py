@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from safelab.plots_grid import pareto_front
+from safelab.plots_grid import cost, pareto_front
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -133,7 +133,7 @@ def _of_attack(start: dict, tuned: list[dict]) -> Iterator[str]:
         return
     worse = [f"{c['defense']} ({100 * (c['utility']['mean'] - plain['utility']['mean']):+.0f} points)" for c in others if difference(plain["utility"], c["utility"])["hi"] < 0]
     yield f"Worse at the task than plain fine-tuning ({percent(plain['utility'])}): {_listed(worse)}." if worse else "None is shown to be worse at the task than plain fine-tuning."
-    front = pareto_front([(-c["utility"]["mean"], c["asr"]["mean"]) for c in tuned])
+    front = pareto_front([(cost(c, "utility"), cost(c, "asr")) for c in tuned])
     yield f"By their means, no other is better at both than {_listed([tuned[i]['defense'] for i in front])}."
 
 

@@ -253,7 +253,7 @@ def test_a_text_longer_than_the_context_is_refused_and_a_response_cut_to_fit(tin
     ],
 )
 def test_what_all_texts_begin_with(texts, starts, shared):
-    assert activations._shared(texts, starts) == shared
+    assert activations.shared_beginning(texts, starts) == shared
 
 
 @pytest.mark.parametrize("position", ["last", "mean", "all"])
