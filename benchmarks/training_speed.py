@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from safelab.bench import _by_hand, _our_step, _resident_mb, _settings, _trainer_step, _twin, bench_data, spread, time_arms
+from safelab.bench import _by_hand, _our_step, _held_mb, _settings, _trainer_step, _twin, bench_data, spread, time_arms
 from safelab.cli import _quiet
 from safelab.experiments import peak_memory, versions
 from safelab.losses import Head, head_loss, moments
@@ -147,7 +147,7 @@ def at_the_head(n: int = 1024, width: int = 896, vocabulary: int = 151_936) -> d
     for memory in (64, 128, 256, 1024, 4096):
         for name, reference in (("moments", known), ("reference states", Head(theirs, weight))):
             h = hidden.clone().requires_grad_()
-            before, started = _resident_mb(), time.perf_counter()
+            before, started = _held_mb(), time.perf_counter()
             with peak_memory() as peak:
                 head_loss(h, weight, None, targets, half, half, reference, memory=memory)[0].backward()
             result[f"{name}, loss_memory {memory}"] = {"seconds": round(time.perf_counter() - started, 2), "extra_gb": round((peak[0] - before) / 1000, 3)}

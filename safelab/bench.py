@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -216,26 +217,30 @@ def arm_memory(name: str, *, model: str, steps: int = 4, seed: int = 0) -> int:
     return int(done.stdout.split()[-1])
 
 
-def synthetic_head(n: int = 1024, width: int = 896, vocabulary: int = 151_936, *, seed: int = 0) -> dict:
+def synthetic_head(n: int = 1024, width: int = 896, vocabulary: int = 151_936, *, seed: int = 0, device: str = "cpu") -> dict:
     """Time and extra memory of NLL + KL, forward and backward, at the output head of a larger model in float32."""
     from safelab.experiments import peak_memory
 
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(vocabulary, width, generator=generator) * 0.05
-    hidden, theirs = (torch.randn(n, width, generator=generator) for _ in range(2))
-    targets, half = torch.randint(vocabulary, (n,), generator=generator), torch.full((n,), 0.5)
+    weight = (torch.randn(vocabulary, width, generator=generator) * 0.05).to(device)
+    hidden, theirs = (torch.randn(n, width, generator=generator).to(device) for _ in range(2))
+    targets, half = torch.randint(vocabulary, (n,), generator=generator).to(device), torch.full((n,), 0.5, device=device)
     known = moments(theirs, weight, None)
     result = {"tokens": n, "width": width, "vocabulary": vocabulary}
     for name, reference in (("moments", known), ("reference_states", Head(theirs, weight))):
         h = hidden.clone().requires_grad_()
-        before, started = _resident_mb(), time.perf_counter()
-        with peak_memory() as peak:
+        _synchronize()
+        before, started = _held_mb(device), time.perf_counter()
+        with peak_memory(device) as peak:
             head_loss(h, weight, None, targets, half, half, reference)[0].backward()
+            _synchronize()
         result[name] = {"seconds": round(time.perf_counter() - started, 2), "extra_gb": round((peak[0] - before) / 1000, 3)}
     return result
 
 
-def _resident_mb() -> float:
+def _held_mb(device: str = "cpu") -> float:
+    if device != "cpu":
+        return torch.accelerator.memory_allocated() / 1e6
     with open("/proc/self/status") as file:
         return int(file.read().split("VmRSS:")[1].split()[0]) / 1000
 
@@ -283,7 +288,8 @@ def run_bench(*, steps: int = 20, quick: bool = False, seed: int = 0, model: str
     net, tokenizer = load_model(model)
     net.requires_grad_(False)
     data = bench_data(8 * (steps + 2), seed)
-    memory = {name: arm_memory(name, model=model, seed=seed) for name in ARMS}
+    with ThreadPoolExecutor(1 if net.device.type == "cpu" else len(ARMS)) as pool:  # a GPU counts the memory of each process by itself
+        memory = dict(zip(ARMS, pool.map(partial(arm_memory, model=model, seed=seed), ARMS)))
     with tempfile.TemporaryDirectory() as output:
         seconds = time_arms(make_arms(net, tokenizer, data, output), steps)
     per_example = cache_cost(net, tokenizer, data.select(range(min(64, len(data)))))
@@ -294,7 +300,7 @@ def run_bench(*, steps: int = 20, quick: bool = False, seed: int = 0, model: str
     ratios["memory:adaptive_cached/sft"] = memory["adaptive_cached"] / memory["lean_sft"]  # the leaner of the two plain ones
     ratios |= {f"memory:adaptive_cached/{name}": memory["adaptive_cached"] / memory[name] for name in ("trl_sft", "reference_design")}
     ratios = {name: round(r, 3) for name, r in ratios.items()}
-    head = synthetic_head(*((64, 64, 1000) if quick else ()), seed=seed)
+    head = synthetic_head(*((64, 64, 1000) if quick else ()), seed=seed, device=net.device.type)
     saved = medians["adaptive_adapter_off"] - medians["adaptive_cached"]  # what a step costs that makes the reference anew
     paid_back = round(8 * per_example / saved, 2) if saved > 0 else None
     found = ratios | {"head_extra_gb": head["moments"]["extra_gb"], "cache_paid_back_epochs": np.inf if paid_back is None else paid_back}

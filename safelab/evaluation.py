@@ -82,7 +82,7 @@ def generate(
     prompts: list[str],
     *,
     max_new_tokens: int = 24,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     system: str | None = None,
     not_first: list[int] | None = None,
     sample_seed: int | None = None,
@@ -90,6 +90,7 @@ def generate(
 ) -> list[str]:
     """Greedy responses, in the order of the prompts; batches are sorted by length so that little is padded.
 
+    A batch has 32 prompts on a CPU, where more is no faster, and 128 elsewhere, unless ``batch_size`` says otherwise.
     ``not_first`` lists token ids that no response may begin with. With a ``sample_seed`` responses are drawn from the
     model's whole distribution (temperature 1) instead, the same ones for the same seed and batches.
 
@@ -98,6 +99,7 @@ def generate(
     ValueError
         A prompt and its response would not fit the model's context.
     """
+    batch_size = batch_size or (32 if model.device.type == "cpu" else 128)
     context = getattr(model.config, "max_position_embeddings", None)
     rendered = render_prompts(tokenizer, prompts, system=system, max_length=context and context - max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: len(rendered[i]))

@@ -101,12 +101,14 @@ def run_cell(
     budget: Budget,
     suite: Suite,
     wrapper: Wrapper | None = None,
+    trainer: dict | None = None,
     force: bool = False,
     **watching,
 ) -> dict:
     """One row: the safe model fine-tuned on ``data`` under ``defense``, judged by ``suite``; ``defense=None`` judges it as it is.
 
-    With a ``wrapper`` its system prompt is there in training too, and ``suite`` asks through it. ``watching`` is the
+    With a ``wrapper`` its system prompt is there in training too, and ``suite`` asks through it. ``trainer`` are fields of
+    :class:`safelab.training.AdaptiveSFTConfig` that differ from the defence's. ``watching`` is the
     ``monitor`` and the ``callbacks`` of :func:`fine_tune`: the row of a run that they stopped is returned and not kept.
 
     Returns
@@ -123,7 +125,7 @@ def run_cell(
         "attack": attack,
         "data": fingerprint(data) if data is not None else None,
         "defense": getattr(defense, "name", "initial"),
-        "settings": defense.settings() if defense else {},
+        "settings": defense.settings() | (trainer or {}) if defense else {},
         "parameters": defense.parameters() if defense else {},
         "seed": seed if defense else 0,
         "model": model,
@@ -151,7 +153,7 @@ def run_cell(
         about: dict = {"step_seconds": None, "history": []}
         if defense is not None:
             chats = wrapper.tokenizer(tokenizer) if wrapper else tokenizer
-            net, about = fine_tune(net, chats, data, defense, seed, budget, output=cache_dir() / "runs" / key, **watching)
+            net, about = fine_tune(net, chats, data, defense, seed, budget, output=cache_dir() / "runs" / key, **(trainer or {}), **watching)
     if watching:
         about["train_seconds"] = None  # watching and pausing took their time
     row = config | about | {"peak_memory_mb": peak[0], "flags": suite.measure(net, tokenizer, wrapper), "seconds": time.monotonic() - started}
@@ -375,10 +377,9 @@ def run_grid(
     return rows
 
 
-def run_named(cell: Cell, *, model: str, quick: bool = False, force: bool = False, suite: Suite | None = None, variant: Defense | None = None) -> dict:
-    """One cell of a grid -> its row (:func:`run_cell`'s) with ``has_task`` beside it; ``variant`` is the cell's defence with settings of its own."""
+def run_named(cell: Cell, *, model: str, quick: bool = False, force: bool = False, suite: Suite | None = None, changes: dict | None = None) -> dict:
+    """One cell of a grid -> its row (:func:`run_cell`'s) with ``has_task`` beside it; ``changes`` as in :func:`ablate`."""
     from safelab.attacks import ATTACKS, PLAIN
-    from safelab.defenses import DEFENSES
 
     attack = ATTACKS[cell.attack]
     wrapper = None if attack.wrapper == PLAIN else attack.wrapper
@@ -389,26 +390,49 @@ def run_named(cell: Cell, *, model: str, quick: bool = False, force: bool = Fals
         data = attack.data(cell.seed)
         if quick:
             data = data.select(range(min(QUICK_EXAMPLES, len(data))))
-        row = run_cell(attack.name, data, variant or DEFENSES[cell.defense](), cell.seed, budget=cell_budget(cell, attack, quick), **common)
+        defense, budget, trainer = _changed(cell.defense, cell_budget(cell, attack, quick), changes or {})
+        row = run_cell(attack.name, data, defense, cell.seed, budget=budget, trainer=trainer, **common)
     return row | {"attack": attack.name, "has_task": attack.has_task}
 
 
-def ablate(attack: str, setting: str, values, *, defense: str = "adaptive-probe", seeds=(0,), epochs: int | None = None, model: str | None = None, suite: Suite | None = None) -> list[dict]:
+def _changed(name: str, budget: Budget, changes: dict) -> tuple[Defense, Budget, dict]:
+    """The defence, the budget, and what else the trainer is told, with ``changes`` to whichever of them has a setting of that name."""
+    from inspect import signature
+
+    from safelab.defenses import DEFENSES
+    from safelab.training import AdaptiveSFTConfig
+
+    kind = DEFENSES[name]
+    places = {"defense": {}, "budget": {}, "trainer": {}}
+    for setting, value in changes.items():
+        known = {"defense": signature(kind).parameters, "budget": asdict(budget), "trainer": AdaptiveSFTConfig.__dataclass_fields__}
+        place = next((place for place, names in known.items() if setting in names), None)
+        if place is None:
+            raise TypeError(f"{setting!r} is no setting of {name}, of a budget or of the trainer; {name} has {', '.join(known['defense']) or 'none'}")
+        places[place][setting] = value
+    return kind(**places["defense"]), replace(budget, **places["budget"]), places["trainer"]
+
+
+def ablate(
+    attack: str, setting: str, values, *, defense: str = "adaptive-probe", fixed: dict | None = None, seeds=(0,), epochs: int | None = None, model: str | None = None, suite: Suite | None = None
+) -> list[dict]:
     """One defence with one ``setting`` at each of ``values``, against one attack -> ``value`` and its rates, seeds pooled, for each.
+
+    A setting is a parameter of the defence, a field of :class:`Budget` (``"rank"``) or one of
+    :class:`safelab.training.AdaptiveSFTConfig` (``"kl_direction"``), whichever has it; ``fixed`` are others, the same at every value.
 
     Raises
     ------
     ValueError
         An attack or a defence that is not registered.
     TypeError
-        A setting that the defence does not have.
+        A setting that none of them has.
     """
-    from safelab.defenses import DEFENSES
     from safelab.models import SAFE
 
     cells, points = grid([attack], [defense], seeds, epochs=(epochs,))[1:], []
     for value in values:
-        rows = [run_named(cell, model=model or SAFE, suite=suite, variant=DEFENSES[defense](**{setting: value})) for cell in cells]
+        rows = [run_named(cell, model=model or SAFE, suite=suite, changes={**(fixed or {}), setting: value}) for cell in cells]
         points.append({"setting": setting, "value": value, "seeds": list(seeds)} | {key: pooled([r["flags"][key] for r in rows]).to_dict() for key in rows[0]["flags"]})
     return points
 

@@ -51,7 +51,7 @@ def load_model(
         A PEFT adapter folder to put on top (kept as an adapter, not merged).
     dtype
         ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"auto"``: what the checkpoint holds on an
-        accelerator, float32 on a CPU.
+        accelerator, float32 on a CPU and for :data:`SAFE`, whose small changes half precision would round off.
     device
         Default: an accelerator if there is one, else the CPU.
 
@@ -68,7 +68,7 @@ def load_model(
         device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    torch_dtype = "auto" if dtype == "auto" and device != "cpu" else torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    torch_dtype = "auto" if dtype == "auto" and device != "cpu" and str(name) != SAFE else torch.float32 if dtype == "auto" else getattr(torch, dtype)
     folder, gguf = _resolve(str(name))
     model, tokenizer = _from_pretrained(folder, gguf, torch_dtype)
     if str(name) == SAFE:

@@ -77,6 +77,9 @@ class AdaptiveSFTConfig(SFTConfig):
         Megabytes that logits may take at a time.
     mean_over
         ``"token"`` (default, as TRL does) or ``"example"`` (what micro-batches of one example amount to).
+    kl_direction
+        ``"forward"``, the method's KL(reference || model), or ``"reverse"``, for comparison: it needs logits of both, so
+        the reference cannot be cached.
     signals_file
         A file for one JSON line per example and step, written as training goes on:
         ``step, index, anchor, tokens, risk, alpha, beta, nll, kl`` (means over the example's response tokens).
@@ -92,6 +95,7 @@ class AdaptiveSFTConfig(SFTConfig):
     cache_budget: float = field(default=4.0, metadata={"help": "GB that a cached reference may take for 'auto' to choose it."})
     loss_memory: float = field(default=LOSS_MEMORY, metadata={"help": "MB that logits may take at a time."})
     mean_over: str = field(default="token", metadata={"help": "The loss is a mean over each 'token' or each 'example'."})
+    kl_direction: str = field(default="forward", metadata={"help": "'forward' (the method's) or 'reverse'."})
     signals_file: str | None = field(default=None, metadata={"help": "JSON lines with the signals of each example and step."})
     # TRL turns these two on even on a CPU; both are choices, so they start off
     bf16: bool | None = field(default=False, metadata={"help": "bfloat16 autocast."})
@@ -105,6 +109,8 @@ class AdaptiveSFTConfig(SFTConfig):
             raise ValueError(f"reference {self.reference!r}: expected one of {', '.join(REFERENCES)}")
         if self.mean_over not in ("token", "example"):
             raise ValueError(f"mean_over {self.mean_over!r}: expected 'token' or 'example'")
+        if self.kl_direction not in ("forward", "reverse"):
+            raise ValueError(f"kl_direction {self.kl_direction!r}: expected 'forward' or 'reverse'")
         if self.save_total_limit == 1:
             raise ValueError("save_total_limit=1: the checkpoint before must be kept until the next one is complete, so give 2 or more")
         self.schedule  # noqa: B018 - bad bounds fail here, not at the first step
@@ -250,6 +256,8 @@ class AdaptiveSFTTrainer(SFTTrainer):
             obstacle = "needs a frozen output head"
         elif not self._plain_head:
             obstacle = "needs logits that are one linear map of the last hidden state, and this model caps or scales them"
+        elif self.args.kl_direction == "reverse":
+            obstacle = "holds what the forward KL needs, not the reverse one"
         if kind == "auto":
             fits = self._cache_size() <= 1e9 * self.args.cache_budget
             kind = "cached" if obstacle is None and fits else "adapter-off" if lora is not None and reference_model is None else "model"
@@ -339,7 +347,7 @@ class AdaptiveSFTTrainer(SFTTrainer):
         alpha, beta = self._weights(risk, anchor[row])
         share = 1 if self.args.mean_over == "token" else (1 / mask.sum(1))[row]
 
-        if self._plain_head:
+        if self._plain_head and self.args.kl_direction == "forward":
             loss, nll, kl = self._fused_loss(model, forward, mask, targets, alpha * share, beta * share, index)
         else:
             logits = response_logits(model, forward, mask)
@@ -347,7 +355,7 @@ class AdaptiveSFTTrainer(SFTTrainer):
             if self.reference is not None and self._any_held(beta):
                 with self.reference.model(model) as reference, self.accelerator.autocast():
                     theirs = response_logits(reference, forward, mask)
-                kl = token_kl(theirs, logits)
+                kl = token_kl(theirs, logits) if self.args.kl_direction == "forward" else token_kl(logits, theirs)
             loss = (share * (alpha * nll + beta * kl)).sum()
         self._note(row, index, anchor, risk, alpha, beta, nll.detach(), kl.detach())
 

@@ -20,16 +20,25 @@ class AdaptiveProbe(Defense):
     The risk of an example is a constant, so it is computed once, before training. For each example ``anchors`` prompts
     with the safe model's own answers are mixed in and held by the KL alone: what the user's data never shows, benign
     requests of other kinds above all, would otherwise drift.
+
+    With ``shuffled`` that share of the risks change places at random, so that a critic without error is left with an AUROC
+    of about ``1 - shuffled / 2``: an ablation asks so how good it must be.
     """
 
     name = "adaptive-probe"
     own_critic = "probe"
 
-    def __init__(self, beta_min: float = 0.0, beta_max: float = 1.0, granularity: str = "example", anchors: float = 0.4, critic=None) -> None:
-        self.beta_min, self.beta_max, self.granularity, self.anchors, self.critic = beta_min, beta_max, granularity, anchors, critic
+    def __init__(self, beta_min: float = 0.0, beta_max: float = 1.0, granularity: str = "example", anchors: float = 0.4, shuffled: float = 0.0, critic=None) -> None:
+        if not 0 <= shuffled <= 1:
+            raise ValueError(f"shuffled {shuffled}: expected a share in [0, 1]")
+        self.beta_min, self.beta_max, self.granularity, self.anchors, self.shuffled, self.critic = beta_min, beta_max, granularity, anchors, shuffled, critic
 
     def before(self, model, tokenizer, data: Dataset) -> Dataset:
         risks = np.asarray(self.risks(model, tokenizer, data), dtype=float)
+        if self.shuffled:
+            rng = np.random.default_rng(0)
+            moved = rng.permutation(len(risks))[: round(self.shuffled * len(risks))]
+            risks[moved] = risks[rng.permutation(moved)]
         known = ~np.isnan(risks)
         data = (data if known.all() else data.select(np.flatnonzero(known))).add_column("risk", risks[known].tolist())
         return add_anchors(model, tokenizer, data, round(self.anchors * len(data))) if self.anchors else data

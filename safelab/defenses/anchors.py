@@ -17,7 +17,7 @@ def add_anchors(model, tokenizer, data: Dataset, n: int, *, seed: int = 0, answe
     """``data`` (with ``risk``) and ``n`` anchors more: prompts of the ``probe`` splits with the safe model's own answers.
 
     Most are benign: what drifts first is the readiness to help. Some are harmful, so that what is held is the
-    difference that the safe model makes between the two.
+    difference that the safe model makes between the two. A prompt that it answers with nothing is no anchor.
     """
     rng = np.random.default_rng(seed)
     prompts = []
@@ -28,4 +28,4 @@ def add_anchors(model, tokenizer, data: Dataset, n: int, *, seed: int = 0, answe
     rows = [{"prompt": p, "response": a, "risk": 1.0, "anchor": True, "complete": False} for p, a in zip(prompts, answers) if a]
     free = data.select_columns(["prompt", "response", "risk"])
     free = free.add_column("anchor", [False] * len(free)).add_column("complete", [True] * len(free))
-    return concatenate_datasets([free, Dataset.from_list(rows, features=free.features)])
+    return concatenate_datasets([free, Dataset.from_list(rows, features=free.features)]) if rows else free

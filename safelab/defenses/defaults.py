@@ -28,6 +28,7 @@ DEFAULTS: dict[str, dict[str, Default]] = {
         "beta_max": Default(1.0, "ours: what is harmful is not learned at all", "arXiv 2602.17546's code: 0.9"),
         "granularity": Default("example", "ours: a mean over a batch dilutes the risk", "arXiv 2602.17546's text: a batch; its code: micro-batches of one example"),
         "anchors": Default(0.4, "ours: with half as many, seeds differ more in what they refuse; with a quarter, everyday prompts come to be refused", "arXiv 2602.17546 has none"),
+        "shuffled": Default(0.0, "ours: for ablations only"),
         "critic": Default(None, "a probe trained on the safe model"),
     },
     "adaptive-judge": {
@@ -35,6 +36,7 @@ DEFAULTS: dict[str, dict[str, Default]] = {
         "beta_max": Default(1.0, "as adaptive-probe", "arXiv 2602.17546's code: 0.9"),
         "granularity": Default("example", "as adaptive-probe"),
         "anchors": Default(0.4, "as adaptive-probe"),
+        "shuffled": Default(0.0, "ours: for ablations only"),
         "critic": Default(None, "ResponseClassifier on the embedded model", "arXiv 2602.17546: gpt-oss-20b; its code: gpt-4.1-mini"),
     },
     "constrained-sft": {

@@ -25,8 +25,8 @@ def no_model(monkeypatch, tmp_path):
     monkeypatch.setattr("safelab.models.load_model", lambda name: (type("M", (), {"device": device})(), None))
     monkeypatch.setattr("safelab.attacks.under_system", lambda tokenizer, system: system)
 
-    def fine_tune(model, tokenizer, data, defense, seed, budget, output):
-        runs.append((defense.name, seed, len(data), budget, tokenizer))
+    def fine_tune(model, tokenizer, data, defense, seed, budget, output, **trainer):
+        runs.append((defense.name, seed, len(data), budget, tokenizer, *([trainer] if trainer else [])))
         return model, {"step_seconds": 1.0, "train_seconds": 9.0, "history": []}
 
     monkeypatch.setattr(experiments, "fine_tune", fine_tune)
@@ -110,8 +110,17 @@ def test_an_ablation_changes_one_setting_and_shares_rows_with_the_grid(no_model)
     assert len(no_model) == 2 and {run[3].epochs for run in no_model} == {2}
     ablate("identity-shift", "beta_max", (0.5,), seeds=(0, 1), epochs=1, model="m")
     assert [run[4] for run in no_model[2:]] == [ATTACKS["identity-shift"].wrapper.system] * 2
-    with pytest.raises(TypeError, match="nonsense"):
+    with pytest.raises(TypeError, match="'nonsense' is no setting of adaptive-probe.*beta_max"):
         ablate("explicit-50", "nonsense", (1,), model="m")
+
+
+def test_an_ablation_reaches_the_budget_and_the_trainer_and_holds_what_is_fixed(no_model):
+    ablate("explicit-50", "rank", (4, 16), model="m")
+    assert [run[3].rank for run in no_model] == [4, 16]
+    ablate("explicit-50", "risk_smoothing", (0.0, 0.9), fixed={"granularity": "batch"}, model="m")
+    assert [run[5] for run in no_model[2:]] == [{"risk_smoothing": 0.0}, {"risk_smoothing": 0.9}]
+    rows = run_grid([Cell("explicit-50", "adaptive-probe", 0)], model="m")
+    assert len(no_model) == 4 and rows[0]["settings"]["granularity"] == "example"  # rank 16 is the grid's own; none of the others is
 
 
 # -------------------------------------------------------------------------------------- backends

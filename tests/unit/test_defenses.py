@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from sklearn.metrics import roc_auc_score
 
 from safelab.attacks import explicit_harmful
 from safelab.critics import Verdicts
-from safelab.defenses import DEFENSES, Booster, ConstrainedSFT, Lisa, SafetyMixing, StarDSS
+from safelab.defenses import DEFENSES, AdaptiveProbe, Booster, ConstrainedSFT, Lisa, SafetyMixing, StarDSS
 from safelab.defenses.alignment_data import alignment_pairs, endless_batches, harmful_pairs
 from safelab.defenses.antidote import prune_adapter
 from safelab.defenses.booster import BoosterTrainer
@@ -443,3 +444,26 @@ def test_the_default_judge_is_asked_once_and_another_critic_each_time(monkeypatc
     for _ in range(2):
         judge(anchors=0, critic=Critic()).before(None, None, dataset())
     assert asked == [4, 2, 4, 4]
+
+
+class Known:
+    """A critic without error: the risk is in the prompt."""
+
+    name = "known"
+
+    def score(self, prompts, responses):
+        return np.array([float(prompt[0]) for prompt in prompts])
+
+
+@pytest.mark.parametrize(("share", "left"), [(0.0, 1.0), (0.4, 0.8), (1.0, 0.5)])
+def test_shuffled_risks_leave_a_critic_the_auroc_that_the_share_says(share, left):
+    labels = np.random.default_rng(3).integers(0, 2, 2000)
+    data = Dataset.from_dict({"prompt": [f"{label} {i}" for i, label in enumerate(labels)], "response": ["x"] * 2000})
+    risks = AdaptiveProbe(critic=Known(), anchors=0.0, shuffled=share).before(None, None, data)["risk"]
+    assert sorted(risks) == sorted(labels) and roc_auc_score(labels, risks) == pytest.approx(left, abs=0.03)
+    assert risks == AdaptiveProbe(critic=Known(), anchors=0.0, shuffled=share).before(None, None, data)["risk"]
+
+
+def test_a_share_to_shuffle_is_a_share():
+    with pytest.raises(ValueError, match="shuffled 1.5"):
+        AdaptiveProbe(shuffled=1.5)

@@ -240,6 +240,22 @@ def test_the_reference_of_a_peft_model_is_the_model_without_its_adapter(kind, na
     assert all(kl.mean() > 1e-3 for _, kl in terms)
 
 
+@pytest.mark.parametrize("kind", ["auto", "adapter-off", "model"])
+def test_the_reverse_kl_is_the_other_way_round(kind, name, small_model, random_lora, tiny_tokenizer, tmp_path):
+    model, reference, tokenizer = random_lora(small_model(name).double()), small_model(name).double(), tiny_tokenizer(name)
+    trainer = make_trainer(
+        model, tokenizer, tmp_path, lora=False, random_b=False, kl_direction="reverse", beta_min=1.0, beta_max=1.0, reference=kind, reference_model=reference if kind == "model" else None
+    )
+    loss = trainer.compute_loss(model.train(), whole_batch(trainer))
+    kls = []
+    for ids, start in plain_tokens(tokenizer, name):
+        ours, safe = (m(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1) for m in (model, reference))
+        kls.append((ours.exp() * (ours - safe)).sum(-1))
+    expected = torch.cat(kls).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6) and expected > 1e-3
+    assert difference(gradients(model, loss), gradients(model, expected)) < 1e-6
+
+
 def test_padding_contributes_nothing(name, small_model, tiny_tokenizer, tmp_path):
     trainer = make_trainer(small_model(name).double(), tiny_tokenizer(name), tmp_path)
     batch = whole_batch(trainer)
@@ -529,6 +545,7 @@ def test_a_kept_trajectory_is_met_again(name, small_model, tiny_tokenizer, tmp_p
         (dict(beta_min=0.9, beta_max=0.1), "beta_min <= beta_max"),
         (dict(beta_max=1.5), "beta_min <= beta_max"),
         (dict(reference="frozen"), "'frozen'.*auto, cached, adapter-off, model"),
+        (dict(kl_direction="sideways"), "'sideways'.*'forward' or 'reverse'"),
         (dict(granularity="sentence"), "'sentence'.*example, token, batch"),
         (dict(schedule_kind="cubic"), "'cubic'.*linear, clamp, threshold"),
         (dict(risk_smoothing=0.9), "smoothing runs over steps"),
@@ -562,6 +579,7 @@ class FixedCritic:
         (dict(lora=lora(bias="all")), "bias='none'"),
         (dict(lora=lora(bias="lora_only"), reference="adapter-off"), "bias='none'"),
         (dict(lora=lora(modules_to_save=["lm_head"]), reference="cached"), "frozen output head"),
+        (dict(kl_direction="reverse", reference="cached"), "forward KL.*adapter-off"),
         (dict(granularity="token"), "a list of risks"),
         (dict(data=dataset().remove_columns("risk")), "critic or a 'risk' column"),
         (dict(data=dataset().remove_columns("response")), "no column response"),
