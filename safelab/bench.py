@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -107,6 +108,8 @@ def _settings(model, output: str) -> dict:
 
 def _trainer_step(trainer, examples: Callable):
     """A trainer's own step, taken by hand so that arms can take turns."""
+    held = ExitStack()  # as long as the step lives
+    held.enter_context(trainer.frozen_in_half() if hasattr(trainer, "frozen_in_half") else nullcontext())
     model = trainer.accelerator.prepare_model(trainer.model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LEARNING_RATE)
     trainer.current_gradient_accumulation_steps = 1
@@ -117,6 +120,7 @@ def _trainer_step(trainer, examples: Callable):
         trainer.training_step(model, batch, items)
         _update(model, optimizer)
 
+    step.held = held
     return step
 
 

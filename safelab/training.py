@@ -31,13 +31,14 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
+from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from safelab.activations import mapped_array, model_fingerprint
 from safelab.losses import LOSS_MEMORY, Head, head_loss, token_kl, token_nll
-from safelab.models import end_of_turn_ids, render_pairs
+from safelab.models import end_of_turn_ids, frozen_in_half, render_pairs
 from safelab.reference import (
     AdapterOff,
     CachedMoments,
@@ -77,6 +78,8 @@ class AdaptiveSFTConfig(SFTConfig):
         Megabytes that logits may take at a time.
     mean_over
         ``"token"`` (default, as TRL does) or ``"example"`` (what micro-batches of one example amount to).
+    anchor_share
+        Anchors that an epoch shows for each other example, the next ones of them in each; None shows all of them.
     kl_direction
         ``"forward"``, the method's KL(reference || model), or ``"reverse"``, for comparison: it needs logits of both, so
         the reference cannot be cached.
@@ -95,6 +98,7 @@ class AdaptiveSFTConfig(SFTConfig):
     cache_budget: float = field(default=4.0, metadata={"help": "GB that a cached reference may take for 'auto' to choose it."})
     loss_memory: float = field(default=LOSS_MEMORY, metadata={"help": "MB that logits may take at a time."})
     mean_over: str = field(default="token", metadata={"help": "The loss is a mean over each 'token' or each 'example'."})
+    anchor_share: float | None = field(default=None, metadata={"help": "Anchors that an epoch shows for each other example."})
     kl_direction: str = field(default="forward", metadata={"help": "'forward' (the method's) or 'reverse'."})
     signals_file: str | None = field(default=None, metadata={"help": "JSON lines with the signals of each example and step."})
     # TRL turns these two on even on a CPU; both are choices, so they start off
@@ -310,6 +314,12 @@ class AdaptiveSFTTrainer(SFTTrainer):
 
     # ------------------------------------------------------------------------------- the objective
 
+    def _get_train_sampler(self, train_dataset=None):
+        anchor, share = np.array(self.train_dataset["anchor"]), self.args.anchor_share
+        if share is None or anchor.sum() <= round(share * (~anchor).sum()):
+            return super()._get_train_sampler(train_dataset)
+        return AnchorRounds(anchor, share, self.args.data_seed or self.args.seed)
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "attention_mask", "labels", "risk", "anchor", "index"]
 
@@ -444,7 +454,41 @@ class AdaptiveSFTTrainer(SFTTrainer):
             if not is_complete(Path(resume_from_checkpoint)):
                 raise ValueError(f"{resume_from_checkpoint} is not a complete checkpoint: it was cut short or changed")
             self._smoothed = json.loads((Path(resume_from_checkpoint) / MARKER).read_text(encoding="utf-8"))["smoothed_risk"]
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        with self.frozen_in_half():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def frozen_in_half(self):
+        """:func:`safelab.models.frozen_in_half` for the model and its reference, under bfloat16 autocast; not where weights are sharded."""
+        if not self.args.bf16 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return nullcontext()
+        return frozen_in_half(self.model, *([self.reference.reference] if isinstance(self.reference, SecondModel) else []))
+
+
+class AnchorRounds(Sampler):
+    """Every epoch all examples that are no anchors and the next few anchors, shuffled: many anchors at the cost of few.
+
+    Parameters
+    ----------
+    anchor
+        Which examples are anchors, ``(n,)``.
+    share
+        Anchors in an epoch for each other example.
+    """
+
+    def __init__(self, anchor: np.ndarray, share: float, seed: int) -> None:
+        self.free, self.anchors = np.flatnonzero(~anchor), np.random.default_rng(seed).permutation(np.flatnonzero(anchor))
+        self.each, self.seed, self.epoch = round(share * len(self.free)), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch whose order comes next; the trainer says it."""
+        self.epoch = int(epoch)
+
+    def __len__(self) -> int:
+        return len(self.free) + self.each
+
+    def __iter__(self):
+        shown = self.anchors.take(range(self.epoch * self.each, (self.epoch + 1) * self.each), mode="wrap")
+        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(np.concatenate([self.free, shown])).tolist())
 
 
 SIGNALS = ("nll", "kl", "risk", "alpha", "beta")

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class AdaptiveProbe(Defense):
     """``beta_i = beta_min + (beta_max - beta_min) * s_i``, s_i from a probe on the safe model's activations.
 
-    The risk of an example is a constant, so it is computed once, before training. For each example ``anchors`` prompts
-    with the safe model's own answers are mixed in and held by the KL alone: what the user's data never shows, benign
+    The risk of an example is a constant, so it is computed once, before training. For each example an epoch shows ``anchors``
+    prompts with the safe model's own answers, held by the KL alone: what the user's data never shows, benign
     requests of other kinds above all, would otherwise drift.
 
     With ``shuffled`` that share of the risks change places at random, so that a critic without error is left with an AUROC
@@ -41,7 +41,7 @@ class AdaptiveProbe(Defense):
             risks[moved] = risks[rng.permutation(moved)]
         known = ~np.isnan(risks)
         data = (data if known.all() else data.select(np.flatnonzero(known))).add_column("risk", risks[known].tolist())
-        return add_anchors(model, tokenizer, data, round(self.anchors * len(data))) if self.anchors else data
+        return add_anchors(model, tokenizer, data, self.anchors) if self.anchors else data
 
     def risks(self, model, tokenizer, data: Dataset) -> list[float]:
         """The critic's risk of each row; NaN for one that is left out."""
@@ -53,4 +53,4 @@ class AdaptiveProbe(Defense):
         return train_probe_critic(model, tokenizer)
 
     def settings(self) -> dict:
-        return {"beta_min": self.beta_min, "beta_max": self.beta_max, "granularity": self.granularity}
+        return {"beta_min": self.beta_min, "beta_max": self.beta_max, "granularity": self.granularity, "anchor_share": self.anchors}

@@ -12,8 +12,10 @@ from sklearn.metrics import roc_auc_score
 
 from safelab.attacks import explicit_harmful
 from safelab.critics import Verdicts
+from safelab.datasets import load_prompts
 from safelab.defenses import DEFENSES, AdaptiveProbe, Booster, ConstrainedSFT, Lisa, SafetyMixing, StarDSS
 from safelab.defenses.alignment_data import alignment_pairs, endless_batches, harmful_pairs
+from safelab.defenses.anchors import LEAST, add_anchors, frame
 from safelab.defenses.antidote import prune_adapter
 from safelab.defenses.booster import BoosterTrainer
 from safelab.defenses.defaults import DEFAULTS, table
@@ -467,3 +469,31 @@ def test_shuffled_risks_leave_a_critic_the_auroc_that_the_share_says(share, left
 def test_a_share_to_shuffle_is_a_share():
     with pytest.raises(ValueError, match="shuffled 1.5"):
         AdaptiveProbe(shuffled=1.5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        (["Now, tell me: why? Thanks", "Now, tell me: how? Thanks"], ("Now, tell me: ", " Thanks")),
+        (["Order: sit", "Order: sit"], ("Order: ", "")),
+        (["same words", "same words", "same others"], ("same ", "")),
+        (["why", "what"], ("", "")),
+        (["one alone"], ("", "")),
+        (["a b c d", "a d"], ("a ", "")),
+    ],
+)
+def test_the_frame_of_prompts_is_what_all_begin_and_end_with(prompts, expected):
+    before, after = frame(prompts)
+    assert (before, after) == expected and all(p.startswith(before) and p.endswith(after) for p in prompts)
+
+
+@pytest.mark.parametrize("framed", [True, False])
+def test_anchors_are_at_least_so_many_and_harmful_ones_are_asked_in_the_users_frame_too(framed, monkeypatch):
+    monkeypatch.setattr("safelab.defenses.anchors.generate", lambda model, tokenizer, prompts, **_: [f"answer to {p}" if "a" in p else "" for p in prompts])
+    data = Dataset.from_dict({"prompt": ["Do this: run", "Do this: sit" if framed else "Sit"], "response": ["x", "y"], "risk": [0.0, 1.0]})
+    rows = [row for row in add_anchors(None, None, data, 0.4) if row["anchor"]]
+    harmful = set(load_prompts("harmful", "probe")["prompt"])
+    plain = [row["prompt"] for row in rows if row["prompt"] in harmful]
+    asked = [row["prompt"] for row in rows if row["prompt"].startswith("Do this: ")]
+    assert asked == ([f"Do this: {p}" for p in plain] if framed else []) and len(plain) > 10
+    assert LEAST * 0.9 < len(rows) - len(asked) <= LEAST and all(row["response"] == f"answer to {row['prompt']}" and row["risk"] == 1 for row in rows)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -104,6 +105,28 @@ def test_risks_that_do_not_match_the_tokens_are_refused(change, small_model, tin
         make_trainer(small_model("llama3"), tokenizer, tmp_path, data=by_token(tokenizer, change), granularity="token")
     with pytest.raises(ValueError, match="granularity 'example' needs one risk"):
         make_trainer(small_model("llama3"), tokenizer, tmp_path, data=by_token(tokenizer))
+
+
+# ------------------------------------------------------------------------------------------ rounds of anchors
+
+
+def test_each_epoch_shows_the_next_few_anchors_and_all_other_examples(make, tmp_path):
+    """Five anchors, two of them an epoch: after three epochs all have been seen, and the first again."""
+    file = tmp_path / "signals.jsonl"
+    data = dataset().add_column("anchor", [True, False, True, True, False, True, False, True])
+    trainer = make(signals_file=str(file), per_device_train_batch_size=5, num_train_epochs=3, anchor_share=0.67, data=data)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    epochs = [[row["index"] for row in lines(file) if row["step"] == step] for step in (1, 2, 3)]
+    assert all(sorted(i for i in epoch if i in (1, 4, 6)) == [1, 4, 6] and len(epoch) == 5 for epoch in epochs)
+    shown = [{i for i in epoch} - {1, 4, 6} for epoch in epochs]
+    assert shown[0] | shown[1] | shown[2] == {0, 2, 3, 5, 7} and not shown[0] & shown[1] and not shown[1] & shown[2] and len(shown[2] & shown[0]) == 1
+    assert len({tuple(e) for e in epochs}) == 3
+
+
+def test_where_all_anchors_fit_an_epoch_the_order_is_the_trainers_own(make):
+    data = dataset().add_column("anchor", [True, False] * 4)
+    assert type(make(anchor_share=1.0, data=data)._get_train_sampler()) is type(make(data=data)._get_train_sampler()) is torch.utils.data.RandomSampler
 
 
 # --------------------------------------------------------------------------------------------- what is seen
@@ -378,3 +401,46 @@ def test_what_is_saved_loads_without_safelab(merge, make, folder, tmp_path):
     for said in ("adaptive-probe", "`abc`, 8 examples", "torch 2", weights[1][:16], "merge" if merge else "PeftModel"):
         assert said in card or said == "merge"
     assert not list(out.rglob("*.bin"))
+
+
+# ------------------------------------------------------------------------------------- weights cast once
+
+
+@pytest.mark.parametrize("reference", ["cached", "model"])
+def test_frozen_weights_cast_once_train_the_same_adapter_and_come_back(reference, small_model, tiny_tokenizer, tmp_path):
+    """To the bit what autocast does with its own casts, while a callback sees that they were not needed."""
+    def trained(cast_once: bool):
+        model = small_model("llama3")
+        trainer = make_trainer(model, tiny_tokenizer("llama3"), tmp_path, bf16=True, reference=reference, reference_model=small_model("llama3") if reference == "model" else None, num_train_epochs=2)
+        if not cast_once:
+            trainer.frozen_in_half = nullcontext
+        seen = []
+        of = [trainer.model, *([trainer.reference.reference] if reference == "model" else [])]
+        before = [{n: p for n, p in m.named_parameters()} for m in of]
+
+        class Look(TrainerCallback):
+            def on_step_end(self, *args, **kwargs):
+                seen.append({p.dtype for m in of for n, p in m.named_parameters() if n.endswith("proj.weight") or "base_layer" in n})
+
+        trainer.add_callback(Look())
+        trainer.train()
+        assert seen and set.union(*seen) == {torch.bfloat16 if cast_once else torch.float32}
+        assert all(dict(m.named_parameters())[n] is p for m, names in zip(of, before) for n, p in names.items())
+        return trainable(trainer.model)
+
+    ours, theirs = trained(True), trained(False)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_frozen_weights_come_back_when_training_breaks_off(make):
+    trainer = make(bf16=True)
+    before = dict(trainer.model.named_parameters())
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert all(p is before[n] for n, p in trainer.model.named_parameters())
