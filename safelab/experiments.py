@@ -156,7 +156,7 @@ def run_cell(
             net, about = fine_tune(net, chats, data, defense, seed, budget, output=cache_dir() / "runs" / key, **(trainer or {}), **watching)
     if watching:
         about["train_seconds"] = None  # watching and pausing took their time
-    row = config | about | {"peak_memory_mb": peak[0], "flags": suite.measure(net, tokenizer, wrapper), "seconds": time.monotonic() - started}
+    row = config | about | {"peak_memory_mb": peak[0], "device": net.device.type, "flags": suite.measure(net, tokenizer, wrapper), "seconds": time.monotonic() - started}
     if not about.get("stopped"):
         write_atomic(file, (json.dumps(row) + "\n").encode())
     return row | critics
@@ -447,7 +447,7 @@ def tidy(row: dict) -> dict:
     """A row of :func:`run_cell` -> the line of a table: rates with intervals in the place of flags, no histories."""
     from safelab.evaluation import rate
 
-    keep = ("attack", "defense", "seed", "has_task", "step_seconds", "train_seconds", "peak_memory_mb", "seconds", "data", "parameters", "model", "weights", "versions", "critics", "critic_failures")
+    keep = ("attack", "defense", "seed", "has_task", "device", "step_seconds", "train_seconds", "peak_memory_mb", "seconds", "data", "parameters", "model", "weights", "versions", "critics", "critic_failures")
     budget = {k: row["budget"].get(k) for k in ("learning_rate", "epochs")}
     return {k: row.get(k) for k in keep} | budget | {k: rate(flags).to_dict() for k, flags in row["flags"].items()}
 
@@ -476,6 +476,7 @@ def compare(cells: list[Cell], **options) -> dict:
         "cells": summarise_grid(rows),
         "model": rows[0]["model"],
         "suite": rows[0]["suite"],
+        "runs_at_a_time": options.get("jobs") or 1,  # several slow each other down, all defences alike
         "versions": versions(),
         "elapsed_seconds": round(time.monotonic() - started, 1),
         "compute_seconds": round(sum(r["seconds"] for r in rows), 1),  # of all rows, cached ones too
