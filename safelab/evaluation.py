@@ -197,7 +197,7 @@ def over_refusal(responses: list[str]) -> Rate:
 
 
 @torch.no_grad()
-def answer_scores(model, tokenizer, prompts: list[str], answers: tuple[str, ...], *, batch_size: int = 64, system: str | None = None) -> torch.Tensor:
+def answer_scores(model, tokenizer, prompts: list[str], answers: tuple[str, ...], *, batch_size: int = 64, system: str | None = None, progress: str | None = None) -> torch.Tensor:
     """Log-probability of each answer's first token, after the generation prompt -> ``(n, answers)``.
 
     What all prompts begin with (a system text, a task's instruction, a judge's rubric) is read once.
@@ -212,7 +212,8 @@ def answer_scores(model, tokenizer, prompts: list[str], answers: tuple[str, ...]
     shared = shared_beginning(rendered, [0] * len(rendered))
     order = sorted(range(len(prompts)), key=lambda i: len(rendered[i]))
     scores = torch.empty(len(prompts), len(answers))
-    with eval_mode(model), autocast(model):
+    bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="prompt", leave=False)
+    with bar, eval_mode(model), autocast(model):
         opening = model(input_ids=torch.tensor([rendered[0][:shared]], device=model.device), use_cache=True, logits_to_keep=1).past_key_values if shared else None
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -227,6 +228,7 @@ def answer_scores(model, tokenizer, prompts: list[str], answers: tuple[str, ...]
             at = torch.arange(len(rows)), last
             logits = at_head(model, inputs, lambda head, hidden, at=at: head(hidden[at]))
             scores[rows] = logits.float().log_softmax(-1)[:, tokens].cpu()
+            bar.update(len(rows))
     return scores
 
 

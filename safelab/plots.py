@@ -43,12 +43,12 @@ class ShownFigure(Figure):
         return buffer.getvalue()
 
 
-def new_figure(width: float = 7.0, height: float = 4.0, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """An empty figure in the project's style (no pyplot, so it is safe in threads)."""
+def new_figure(width: float = 7.0, height: float = 4.0, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure in the project's style, its axes row by row (no pyplot, so it is safe in threads)."""
     with mpl.rc_context(STYLE):
         figure = ShownFigure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(1, columns, squeeze=False)[0]
-    return figure, list(axes)
+        axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.flat)
 
 
 def plot_rates(rows: list[dict], key: str, *, title: str, ax: Axes, names: bool = True) -> Axes:

@@ -161,8 +161,10 @@ class JudgeCritic(Critic):
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             asked = {pool.submit(self._ask, pair): pair for pair in todo}
-            for future in tqdm(as_completed(asked), total=len(todo), desc="judge", unit="call", leave=False, disable=not todo):
-                said[asked[future]] = self._settle(future)
+            with tqdm(total=len(todo), desc="judge", unit="call", leave=False, disable=not todo) as bar:  # gone also when a failure is raised
+                for future in as_completed(asked):
+                    said[asked[future]] = self._settle(future)
+                    bar.update()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         rows = [said[pair] for pair in zip(prompts, responses)]

@@ -31,7 +31,7 @@ class LocalJudge(Critic):
             raise ValueError("the rubric leaves no room for a text in this model's context: give a shorter rubric")
         # a third of the room for the request: what is judged is the response
         asked = [_question(self._cut(p, room // 3), self._cut(r, room - room // 3)) for p, r in zip(prompts, responses)]
-        logs = answer_scores(self.model, self.tokenizer, asked, GRADES, batch_size=self.batch_size, system=self.rubric)
+        logs = answer_scores(self.model, self.tokenizer, asked, GRADES, batch_size=self.batch_size, system=self.rubric, progress=self.name)
         grades = (logs.softmax(-1).numpy() * np.arange(1, 6)).sum(1)
         return Verdicts((grades - 1) / 4, grades.tolist(), [OK] * len(grades))
 

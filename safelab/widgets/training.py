@@ -199,12 +199,19 @@ def plot_runs(runs):
     """The signals of runs by step, one panel a signal and one line a run."""
     from safelab.plots import new_figure, plot_history
 
-    figure, axes = new_figure(15, 2.9, columns=len(SIGNALS))
+    figure, axes = new_figure(10, 5.2, columns=3, rows=2)
     histories = {run.name: list(run.history) for run in runs}
+    lines = {}
     for (key, title), ax in zip(SIGNALS.items(), axes):
-        plot_history(histories, key, ylabel=title, ax=ax, smooth=key != "asr")
-        if ax is not axes[0] and ax.get_legend():
+        plot_history(histories, key, ylabel="", ax=ax, smooth=key != "asr")
+        ax.set_title(title, fontsize=10, loc="left")
+        if ax.get_legend():
             ax.get_legend().remove()
+        lines |= {label: line for line, label in zip(*ax.get_legend_handles_labels())}
+    for ax in axes[len(SIGNALS) :]:  # the place that is left is the legend's
+        ax.set_axis_off()
+    if lines:
+        axes[-1].legend(list(lines.values()), list(lines), loc="center", frameon=False)
     return figure
 
 
@@ -218,7 +225,7 @@ def training_dashboard(*runs: TrainingRun):
 
     from safelab.widgets.parts import named_box, png
 
-    picture = w.Image(format="png", layout=w.Layout(height="240px", width="1100px", object_fit="contain"))
+    picture = w.Image(format="png", layout=w.Layout(height="468px", width="900px", object_fit="contain"))
     drawing, drawn = threading.Lock(), {"at": 0.0, "took": 0.0}
 
     def draw(now: bool) -> None:

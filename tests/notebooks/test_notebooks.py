@@ -24,6 +24,8 @@ def test_is_fit_to_commit(path):
     assert notebook.metadata.kernelspec.name == "python3"
     assert "widgets" not in notebook.metadata
     assert path.stat().st_size < 1_000_000
+    lines = [line for cell in notebook.cells if cell.cell_type == "code" for line in cell.source.splitlines()]
+    assert not [line for line in lines if len(line) > 100], "JupyterLab cuts such lines off"
     assert not [word for word in ("/root/", "/home/", "/work/", "/tmp/", "site-packages") if word in text]
 
 

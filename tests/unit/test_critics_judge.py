@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from tqdm.auto import tqdm
 
 from safelab import cli
 from safelab.critics import JudgeCritic, JudgeError, judge
@@ -210,6 +211,21 @@ def test_a_stopped_run_goes_on_where_it_was(server):
     server.behaviours = [grading(2)]
     assert judged(critic(server, concurrency=1), pairs).raw == [2] * 6
     assert len(server.requests) - before == 3
+
+
+def test_the_bar_goes_away_when_a_failure_is_raised(server, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr("safelab.critics.judge.tqdm", Bar)
+    server.behaviours = [status(400)]
+    with pytest.raises(JudgeError) as caught:
+        judged(critic(server, on_failure="raise"))
+    assert caught.traceback and len(bars) == 1 and bars[0].disable  # which tqdm sets on closing
 
 
 # ------------------------------------------------------------------------------------------- faults

@@ -1,6 +1,7 @@
 """The README's figures are those of the files that the named commands wrote."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def critics_table() -> str:
 
     harm, objective, refusal = (cards["classifier", labels]["n"] for labels in sets)
     lines = [f"| critic | harm, n={harm} | recall | precision | objective, n={objective} | refusal, n={refusal} |", "|---" * 6 + "|"]
-    for name, label in {"patterns": "`patterns`", "tfidf": "TF-IDF, a baseline", "classifier": "`classifier`, the default"}.items():
+    for name, label in {"patterns": "`patterns`", "tfidf": "TF-IDF, a baseline", "probe": "`probe`, which reads prompts alone", "local-judge": "`local-judge`, the embedded model", "classifier": "`classifier`, the default"}.items():
         cells = [figure(of(name, sets[0])[key]) for key in ("auroc", "recall", "precision")] + [figure(card["auroc"]) if (card := of(name, labels)) else "-" for labels in sets[1:]]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, f"| a rater | {figure(cards['classifier', sets[0]]['raters']['rater_auroc'])} | - | - | - | - |"])
@@ -51,3 +52,9 @@ def test_critics_table_is_the_scorecards():
 def test_every_file_linked_exists():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_rate_of_an_audit_is_the_measured_one():
+    found = json.loads((ROOT / "benchmarks" / "audit_rate.json").read_text(encoding="utf-8"))
+    assert f"{found['examples_per_second']:.0f} short examples a second" in README and f"({found['mean_characters'] // 10 * 10} characters on average)" in README
+    assert f"10,000 in {10_000 / found['examples_per_second'] / 60 + 0.5:.0f} minutes" in README

@@ -247,8 +247,8 @@ def test_two_runs_are_on_one_plot(work):
     runs = [run_of("one", work()), run_of("other", work(SFT()))]
     for run in runs:
         run.wait(1)
-    axes = plot_runs(runs).axes
-    assert [ax.get_ylabel().split()[0] for ax in axes] == ["response", "KL", "mean", "mean", "attack"]
-    assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["one", "other"]
+    *axes, legend = plot_runs(runs).axes
+    assert [ax.get_title(loc="left").split()[0] for ax in axes] == ["response", "KL", "mean", "mean", "attack"]
+    assert [t.get_text() for t in legend.get_legend().get_texts()] == ["one", "other"] and not legend.axison
     assert [len(ax.lines) for ax in axes] == [4, 2, 4, 4, 0]  # plain SFT has no KL, and nobody measured the ASR
     assert len({line.get_linestyle() for line in axes[0].lines[1::2]}) == 2
