@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from safelab.bench import _by_hand, _our_step, _held_mb, _settings, _trainer_step, _twin, bench_data, spread, time_arms
+from safelab.bench import _by_hand, _held_mb, _our_step, _settings, _trainer_step, _twin, bench_data, spread, time_arms
 from safelab.cli import _quiet
 from safelab.experiments import peak_memory, versions
 from safelab.losses import Head, head_loss, moments

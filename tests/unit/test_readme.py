@@ -1,7 +1,6 @@
 """The README's figures are those of the files that the named commands wrote."""
 
 import json
-import math
 import re
 from pathlib import Path
 
