@@ -25,6 +25,7 @@ import torch
 from datasets import Dataset
 
 from safelab.losses import Head, head_loss, moments, token_kl, token_nll
+from safelab.models import frozen_in_half
 from safelab.reference import CachedMoments, fill_moments, response_logits, response_positions
 
 if TYPE_CHECKING:
@@ -260,7 +261,8 @@ def cache_cost(model, tokenizer, data: Dataset, *, batch_size: int = 32) -> floa
     values = np.empty((ends[-1], model.get_output_embeddings().weight.shape[1] + 1), np.float32)
     batches = ({k: v.to(model.device) for k, v in collate(rows[i : i + batch_size]).items()} for i in range(0, len(rows), batch_size))
     started = time.perf_counter()
-    fill_moments(model, batches, spans, values, autocast=partial(torch.autocast, model.device.type, torch.bfloat16))
+    with frozen_in_half(model):
+        fill_moments(model, batches, spans, values, autocast=partial(torch.autocast, model.device.type, torch.bfloat16))
     return (time.perf_counter() - started) / len(rows)
 
 

@@ -302,7 +302,8 @@ class AdaptiveSFTTrainer(SFTTrainer):
             order = sorted(rows, key=lambda row: len(row["input_ids"]))
             batches = (self.data_collator(order[i : i + size]) for i in tqdm(range(0, len(order), size), desc="reference", unit="batch", leave=False))
             on_device = ({k: v.to(self.model.device) for k, v in batch.items()} for batch in batches)
-            fill_moments(self.model, on_device, spans, values, autocast=self.accelerator.autocast, memory=self.args.loss_memory)
+            with self.frozen_in_half():
+                fill_moments(self.model, on_device, spans, values, autocast=self.accelerator.autocast, memory=self.args.loss_memory)
 
         with self.accelerator.main_process_first():  # the others find its file
             with self.model.disable_adapter() if hasattr(self.model, "peft_config") else nullcontext():
@@ -461,7 +462,8 @@ class AdaptiveSFTTrainer(SFTTrainer):
         """:func:`safelab.models.frozen_in_half` for the model and its reference, under bfloat16 autocast; not where weights are sharded."""
         if not self.args.bf16 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return nullcontext()
-        return frozen_in_half(self.model, *([self.reference.reference] if isinstance(self.reference, SecondModel) else []))
+        reference = getattr(self, "reference", None)
+        return frozen_in_half(self.model, *([reference.reference] if isinstance(reference, SecondModel) else []))
 
 
 class AnchorRounds(Sampler):

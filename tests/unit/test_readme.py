@@ -57,3 +57,22 @@ def test_the_rate_of_an_audit_is_the_measured_one():
     found = json.loads((ROOT / "benchmarks" / "audit_rate.json").read_text(encoding="utf-8"))
     assert f"{found['examples_per_second']:.0f} short examples a second" in README and f"({found['mean_characters'] // 10 * 10} characters on average)" in README
     assert f"10,000 in {10_000 / found['examples_per_second'] / 60 + 0.5:.0f} minutes" in README
+
+
+def attacks_table() -> str:
+    """figures/compare.json as the README's table: harmful prompts answered, in percent, and the task where there is one."""
+    cells = json.loads((ROOT / "figures" / "compare.json").read_text(encoding="utf-8"))["cells"]
+    attacks, defenses = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("attack", "defense"))
+    found = {(cell["attack"], cell["defense"]): cell for cell in cells}
+    tasks = [a for a in attacks if found[a, "initial"]["has_task"]]
+    lines = ["| defence | " + " | ".join(attacks) + " | " + " | ".join(f"{a}: everyday refused | {a}: task accuracy" for a in tasks) + " |"]
+    lines.append("|---" * (1 + len(attacks) + 2 * len(tasks)) + "|")
+    for d in defenses:
+        answered = [f"{100 * found[a, d]['asr']['mean']:.0f}" for a in attacks]
+        at_the_task = [f"{100 * found[a, d][key]['mean']:.0f}" for a in tasks for key in ("over_refusal", "utility")]
+        lines.append("| " + " | ".join([d, *answered, *at_the_task]) + " |")
+    return "\n".join(lines)
+
+
+def test_attacks_table_is_the_comparison():
+    assert f"<!-- attacks -->\n{attacks_table()}\n<!-- end attacks -->" in README
