@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, in its quick mode; those with widgets do so in tests/browser, where there is a browser."""
 
+import importlib.util
 import json
 import re
 
@@ -8,12 +9,35 @@ import pytest
 from course import CHROMIUM, NOTEBOOKS, WITH_WIDGETS, check_ran, in_quick_mode
 from nbclient import NotebookClient
 
+spec = importlib.util.spec_from_file_location("execute", NOTEBOOKS[0].parent / "execute.py")
+execute = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(execute)
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if not CHROMIUM or p not in WITH_WIDGETS], ids=lambda p: p.stem)
 def test_runs_in_quick_mode(path, tmp_path):
     notebook = in_quick_mode(path)
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     check_ran(notebook)
+    kept = nbformat.read(path, as_version=4)
+    if "executed" in kept.metadata:
+        assert shown(kept) == shown(execute.without_widgets(notebook)), "run notebooks/execute.py again: its outputs are of another kind now"
+
+
+def shown(notebook) -> list[set]:
+    """Which of figures, tables and text each code cell shows."""
+    outputs = [c.outputs for c in notebook.cells if c.cell_type == "code"]
+    return [{kind for o in of for kind in (o.get("data") or [o.output_type]) if kind != "text/plain"} for of in outputs]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_kept_outputs_are_those_of_this_source(path):
+    notebook = nbformat.read(path, as_version=4)
+    about = notebook.metadata.get("executed")
+    if about is None:
+        assert not any(c.outputs for c in notebook.cells if c.cell_type == "code"), "outputs that notebooks/execute.py did not write"
+    else:
+        check_ran(notebook)
+        assert about["source"] == execute.source_hash(notebook), "the source has changed: run notebooks/execute.py again"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -1,0 +1,53 @@
+"""Run notebooks as they stand, in full, and keep their outputs in them: figures, tables and text, no widgets and no progress bars.
+
+    python notebooks/execute.py 01 02        # those whose names begin so; without any, all
+
+How long each took, with which versions and from which source goes into its metadata; a test says when the source has changed since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+from safelab.experiments import versions
+
+HERE = Path(__file__).parent
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def source_hash(notebook) -> str:
+    """Hash of what the code cells say."""
+    return hashlib.sha256("\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code").encode()).hexdigest()[:16]
+
+
+def without_widgets(executed):
+    """The notebook with what a page without its kernel can show."""
+    for cell in executed.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {}) and o.get("name") != "stderr"]
+    executed.metadata.pop("widgets", None)
+    return executed
+
+
+def main(names: list[str]) -> None:
+    for path in sorted(HERE.glob("*.ipynb")):
+        if names and not path.name.startswith(tuple(names)):
+            continue
+        notebook, started = nbformat.read(path, as_version=4), time.monotonic()
+        language = dict(notebook.metadata.get("language_info", {}))
+        NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": HERE}}).execute()
+        notebook.metadata["language_info"] = language or notebook.metadata["language_info"]
+        notebook.metadata["executed"] = {"source": source_hash(notebook), "seconds": round(time.monotonic() - started), "versions": versions()}
+        nbformat.write(without_widgets(notebook), path)
+        print(f"{path.name}: {notebook.metadata['executed']['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
