@@ -37,6 +37,8 @@ def critics_table() -> str:
     harm, objective, refusal = (cards["classifier", labels]["n"] for labels in sets)
     lines = [f"| critic | harm, n={harm} | recall | precision | objective, n={objective} | refusal, n={refusal} |", "|---" * 6 + "|"]
     for name, label in {"patterns": "`patterns`", "tfidf": "TF-IDF, a baseline", "probe": "`probe`, which reads prompts alone", "local-judge": "`local-judge`, the embedded model", "classifier": "`classifier`, the default"}.items():
+        if of(name, sets[0]) is None:
+            continue  # no scorecard is kept
         cells = [figure(of(name, sets[0])[key]) for key in ("auroc", "recall", "precision")] + [figure(card["auroc"]) if (card := of(name, labels)) else "-" for labels in sets[1:]]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, f"| a rater | {figure(cards['classifier', sets[0]]['raters']['rater_auroc'])} | - | - | - | - |"])
@@ -76,3 +78,18 @@ def attacks_table() -> str:
 
 def test_attacks_table_is_the_comparison():
     assert f"<!-- attacks -->\n{attacks_table()}\n<!-- end attacks -->" in README
+
+
+def proof_table() -> str:
+    """figures/probe_proof.json as the README's table."""
+    rows = json.loads((ROOT / "figures" / "probe_proof.json").read_text(encoding="utf-8"))["rows"]
+    lines = ["| held out | n | probe, safe model | probe, unaligned model | words alone |", "|---" * 5 + "|"]
+    for row in rows:
+        lines.append(f"| {row['test']} | {row['safe']['n']} | " + " | ".join("{mean:.2f} [{lo:.2f}, {hi:.2f}]".format(**row[key]) for key in ("safe", "unaligned", "text")) + " |")
+    return "\n".join(lines)
+
+
+def test_proof_table_is_the_notebooks():
+    disguises = {r["disguise"]: r["recall"]["mean"] for r in json.loads((ROOT / "figures" / "probe_disguises.json").read_text(encoding="utf-8"))["rows"]}
+    assert f"flags {100 * disguises['role-play']:.0f} % of the harmful prompts that it flags at {100 * disguises['as it is']:.0f} % as they are" in README
+    assert f"<!-- proof -->\n{proof_table()}\n<!-- end proof -->" in README
