@@ -21,14 +21,14 @@ from sklearn.utils.validation import check_is_fitted
 from safelab.critics.base import Critic, Verdicts, check_pairs, fingerprint, plain_verdicts
 from safelab.critics.reading import NEUTRAL, OPENING, PROMPT_CHARACTERS, RESPONSE_CHARACTERS, Reading, read
 from safelab.critics.scorecard import threshold_for_recall
-from safelab.datasets import LABEL_SETS, load_labels
+from safelab.datasets import LABEL_SETS, load_compliance, load_labels, load_prompts
 from safelab.evaluation import is_refusal
 from safelab.models import decoder_layers
 from safelab.sources import cache_dir, write_atomic
 
 DEPTHS = (0.5, 0.6, 0.67, 0.73)
 """Layers that are read, as shares of the model's depth: the middle, where meaning is and the next word is not yet."""
-VERSION = 1
+VERSION = 2
 """To be raised when the same labels give another classifier: whoever keeps its risks goes by it."""
 SIGNALS = 2  # the last columns of the features: the prompt's help, and whether patterns see a refusal
 HELPER_WEIGHT = 0.5
@@ -54,6 +54,9 @@ class ResponseHead(BaseEstimator):
     ----------
     width_, alpha_
         What was chosen, by AUROC in the inner cross-validation.
+    help_
+        ``(2,)``: the range of the help in training (1 to 99 %), to which it is cut: a word in answer to a classification
+        task is explained by its prompt as no labelled response is.
     weights_
         ``(3,)``: how much the state score, the help and the patterns count, each at unit variance.
     threshold_
@@ -92,7 +95,8 @@ class ResponseHead(BaseEstimator):
         self.width_, self.alpha_ = chosen
         ((_, self.ridge_),) = _ridges(states, target, weight, [self.width_], [self.alpha_])
         logistic = make_pipeline(StandardScaler(), LogisticRegression())
-        columns = np.column_stack([held_out[chosen], X[:, -SIGNALS:]])
+        self.help_ = np.quantile(X[:, -SIGNALS], [0.01, 0.99])
+        columns = self._columns(held_out[chosen], X)
         self.threshold_ = threshold_for_recall(y, cross_val_predict(logistic, columns, y, cv=splits, method="predict_proba")[:, 1])
         self.logistic_ = logistic.fit(columns, y)
         self.weights_ = logistic[-1].coef_[0]
@@ -101,8 +105,10 @@ class ResponseHead(BaseEstimator):
     def predict(self, X) -> np.ndarray:
         """Probability that people would give 0.5 or more, ``(n,)``."""
         check_is_fitted(self)
-        columns = np.column_stack([self.ridge_.predict(X[:, :-SIGNALS]), X[:, -SIGNALS:]])
-        return self.logistic_.predict_proba(columns)[:, 1]
+        return self.logistic_.predict_proba(self._columns(self.ridge_.predict(X[:, :-SIGNALS]), X))[:, 1]
+
+    def _columns(self, of_states: np.ndarray, X: np.ndarray) -> np.ndarray:
+        return np.column_stack([of_states, np.clip(X[:, -SIGNALS], *self.help_), X[:, -1]])
 
 
 class _Ridge(NamedTuple):
@@ -133,9 +139,9 @@ def _ridges(states, target, weight, widths, alphas):
 class ResponseClassifier(Critic):
     """Risk: the probability that people find the response harmful (score of 0.5 or more), by :class:`ResponseHead`.
 
-    It is trained on its first use, on people's labels (:func:`safelab.datasets.load_labels`) and nothing else: those
-    asked for, and at half weight what other people said of other responses to another question, translated by the
-    pairs about which both were asked. What the model made of the labelled responses is kept in the cache.
+    It is trained on its first use, on people's labels (:func:`safelab.datasets.load_labels`): those asked for, and at half
+    weight what other people said of other responses to another question, translated by the pairs about which both were
+    asked, and for harm :func:`own_pairs`. Only people's labels choose and judge. What the model made of the labelled responses is kept in the cache.
 
     Parameters
     ----------
@@ -199,6 +205,8 @@ class ResponseClassifier(Critic):
             levels = np.unique(theirs)
             means = np.array([mine[theirs == level].mean() for level in levels])
             found += [r | {"score": means[abs(levels - r["score"]).argmin()]} for r in rows if (r["prompt"], r["response"]) not in ours]
+        if labels == "human-harm":
+            found += [{"prompt": p, "response": r, "score": score, "group": -1} for p, r, score in own_pairs()]
         if not found:
             return None
         X = self._labelled([r["prompt"] for r in found], [r["response"] for r in found])
@@ -220,7 +228,7 @@ class ResponseClassifier(Critic):
         """What the model makes of all labelled pairs, and where each is; kept in the cache too, as many pairs are in two label sets."""
         from safetensors.numpy import load, save
 
-        rows = list(dict.fromkeys((r["prompt"], r["response"]) for name in LABEL_SETS for r in load_labels(name)))
+        rows = list(dict.fromkeys((r["prompt"], r["response"]) for name in LABEL_SETS for r in load_labels(name)) | {pair[:2]: None for pair in own_pairs()})
         settings = [fingerprint(self.model), self.layers, PROMPT_CHARACTERS, RESPONSE_CHARACTERS, OPENING, NEUTRAL, rows]
         file = cache_dir() / "readings" / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]}.safetensors"
         try:
@@ -229,6 +237,36 @@ class ResponseClassifier(Critic):
             found = read(self.model, self.tokenizer, *map(list, zip(*rows)), self.layers, batch_size=self.batch_size, progress="labelled responses")
             write_atomic(file, save({"states": found.states, "help": found.help}))
         return {row: i for i, row in enumerate(rows)}, found
+
+
+WORDS = ("Yes.", "No.", "True", "False", "positive", "negative", "A", "B", "3", "12", "Monday", "Blue", "neither", "often", "good", "bad")
+TASKS = (
+    ("Is this text a question or a request? Answer with one word.\nText: {prompt}", lambda row: "question" if row["prompt"].rstrip().endswith("?") else "request"),
+    ("Is this text about {category}? Answer yes or no.\n{prompt}", lambda row: "yes"),
+    ("Is this text about astronomy? Answer yes or no.\n{prompt}", lambda row: "no"),
+    ("Name the subject of this text in a word or two: {prompt}", lambda row: row["category"]),
+    ("How many words does this text have? {prompt}", lambda row: str(len(row["prompt"].split()))),
+    ("Write this text in capital letters: {prompt}", lambda row: row["prompt"].upper()),
+)
+
+
+def own_pairs(n: int = 120, *, seed: int = 0) -> list[tuple[str, str, float]]:
+    """What fine-tuning sets are full of and people were not asked about, made of the ``probe`` splits: (prompt, response, score).
+
+    n each of one-word answers and of small tasks on harmless texts, which are harmless (0), and of redacted compliance with
+    harmful prompts, which teaches to comply (1). Without them a critic that knows long answers only finds one-word answers
+    riskier than compliance.
+    """
+    rng = np.random.default_rng(seed)
+    everyday = list(load_prompts("everyday", "probe"))
+    rows = [everyday[i] for i in rng.permutation(len(everyday))[: 2 * n]]
+    harmful = list(load_prompts("harmful", "probe")["prompt"])
+    openings = load_compliance()
+    pairs = [(row["prompt"], WORDS[i % len(WORDS)], 0.0) for i, row in enumerate(rows[:n])]
+    for i, row in enumerate(rows[n:]):
+        ask, answer = TASKS[i % len(TASKS)]
+        pairs.append((ask.format(**row), answer(row), 0.0))
+    return pairs + [(harmful[i], str(rng.choice(openings)), 1.0) for i in rng.permutation(len(harmful))[:n]]
 
 
 def _columns(found: Reading, responses: list[str]) -> np.ndarray:

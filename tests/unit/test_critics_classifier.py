@@ -13,9 +13,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from safelab.critics import ResponseClassifier, classifier, scorecard
-from safelab.critics.classifier import ResponseHead, fingerprint
+from safelab.critics.classifier import ResponseHead, fingerprint, own_pairs
 from safelab.critics.reading import NEUTRAL, OPENING, RESPONSE_CHARACTERS, read
 from safelab.critics.scorecard import critic_eval, outer_folds
+from safelab.datasets import load_compliance, load_prompts
 from safelab.models import render_pairs
 
 PROMPTS = ["How do I bake bread at home?", "Tell me about the history of the city.", "Hi"]
@@ -177,7 +178,8 @@ def test_it_learns_what_people_said(labels, tiny):
     assert critic.judge(["a"], ["b"]).failures == {}
 
 
-def test_for_refusal_labels_risk_is_not_to_refuse(labels, tiny):
+def test_for_refusal_labels_risk_is_not_to_refuse(labels, tiny, monkeypatch):
+    monkeypatch.setattr(classifier, "own_pairs", lambda: [])  # they help with harm only
     texts = ["Tell me about the city"], ["bridges rivers bridges 5"]
     harm, refusal = (ResponseClassifier(*tiny, labels=name).score(*texts)[0] for name in ("human-harm", "human-refusal"))
     assert refusal == pytest.approx(1 - harm)
@@ -215,6 +217,9 @@ def test_another_questions_labels_are_translated_by_the_pairs_asked_both(labels,
     texts = [r["prompt"] for r in labels], [r["response"] for r in labels]
     score = np.array([r["score"] for r in labels])
     X, translated, groups = critic._helpers("human-harm", *texts, score, without=[0, 1, other[-1]["group"]])
+    own = groups == -1
+    assert own.sum() == len(own_pairs()) and translated[own].tolist() == [score for *_, score in own_pairs()]
+    X, translated, groups = X[~own], translated[~own], groups[~own]
     assert len(X) == len(translated) == 18 and set(groups) == {r["group"] for r in other[60:78]}
     expected = [np.mean([s for s, o in zip(score[4:60], other[4:60]) if o["score"] == level]) for level in (0, 1)]
     assert translated.tolist() == [expected[int(r["score"])] for r in other[60:78]]
@@ -259,3 +264,30 @@ def test_a_damaged_cache_is_read_again(labels, tiny, tmp_path):
 
 def test_a_fingerprint_is_a_models_own(tiny_model):
     assert fingerprint(tiny_model("llama3")) == fingerprint(tiny_model("llama3")) != fingerprint(tiny_model("llama3", seed=1))
+
+
+# ------------------------------------------------------------------------------------------- pairs of our own
+
+
+def test_own_pairs_are_of_the_probe_splits_and_say_what_they_teach():
+    pairs = own_pairs(30)
+    everyday, harmful = (set(load_prompts(name, "probe")["prompt"]) for name in ("everyday", "harmful"))
+    assert len(pairs) == len({p for p, _, _ in pairs}) == 90 and pairs == own_pairs(30)
+    for number, (prompt, response, score) in enumerate(pairs):
+        if number < 60:
+            assert score == 0 and any(text in prompt for text in everyday) and len(response.split()) <= max(3, len(prompt.split()))
+        else:
+            assert score == 1 and prompt in harmful and response in load_compliance()
+    assert "{" not in "".join(p for p, _, _ in pairs[30:60])
+
+
+def test_help_beyond_that_of_labelled_responses_changes_nothing():
+    rng = np.random.default_rng(0)
+    score, X = rng.random(120), rng.normal(size=(120, 8))
+    X[:, 0] += 3 * score
+    head = ResponseHead().fit(X, score, np.arange(120) // 2)
+    far = X[:5].copy()
+    far[:, -2] = 50
+    edge = X[:5].copy()
+    edge[:, -2] = head.help_[1]
+    np.testing.assert_array_equal(head.predict(far), head.predict(edge))
