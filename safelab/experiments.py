@@ -138,6 +138,10 @@ def run_cell(
     }
     if wrapper is not None:
         config["wrapper"] = asdict(wrapper)
+    if defense is not None and defense.critic_name() == "classifier":
+        from safelab.critics.classifier import VERSION
+
+        config["classifier"] = VERSION  # the default critic; one that is given says its name in the parameters
     key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:20]
     file = cache_dir() / "runs" / f"{key}.json"
     critics = {"critics": check_apart(defense.critic_name() if defense else None, MEASURED_BY)}

@@ -123,6 +123,13 @@ def test_an_ablation_reaches_the_budget_and_the_trainer_and_holds_what_is_fixed(
     assert len(no_model) == 4 and rows[0]["settings"]["granularity"] == "example"  # rank 16 is the grid's own; none of the others is
 
 
+def test_another_classifier_makes_another_row_of_the_defences_that_ask_it(no_model, monkeypatch):
+    cells = [Cell("explicit-50", name, 0) for name in ("adaptive-judge", "adaptive-probe")]
+    run_grid(cells, model="m")
+    monkeypatch.setattr("safelab.critics.classifier.VERSION", -1)
+    assert [bool(row.get("cached")) for row in run_grid(cells, model="m")] == [False, True]
+
+
 # -------------------------------------------------------------------------------------- backends
 
 
