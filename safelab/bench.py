@@ -110,7 +110,7 @@ def _settings(model, output: str) -> dict:
 def _trainer_step(trainer, examples: Callable):
     """A trainer's own step, taken by hand so that arms can take turns."""
     held = ExitStack()  # as long as the step lives
-    held.enter_context(trainer.frozen_in_half() if hasattr(trainer, "frozen_in_half") else nullcontext())
+    held.enter_context(trainer.quick_steps() if hasattr(trainer, "quick_steps") else nullcontext())
     model = trainer.accelerator.prepare_model(trainer.model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LEARNING_RATE)
     trainer.current_gradient_accumulation_steps = 1

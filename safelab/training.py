@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from safelab.activations import mapped_array, model_fingerprint
+from safelab.attention import quick_attention
 from safelab.losses import LOSS_MEMORY, Head, head_loss, token_kl, token_nll
 from safelab.models import end_of_turn_ids, frozen_in_half, render_pairs
 from safelab.reference import (
@@ -455,8 +456,14 @@ class AdaptiveSFTTrainer(SFTTrainer):
             if not is_complete(Path(resume_from_checkpoint)):
                 raise ValueError(f"{resume_from_checkpoint} is not a complete checkpoint: it was cut short or changed")
             self._smoothed = json.loads((Path(resume_from_checkpoint) / MARKER).read_text(encoding="utf-8"))["smoothed_risk"]
-        with self.frozen_in_half():
+        with self.quick_steps():
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    @contextmanager
+    def quick_steps(self):
+        """Inside, steps cost less and learn the same."""
+        with self.frozen_in_half(), quick_attention(self.model):
+            yield
 
     def frozen_in_half(self):
         """:func:`safelab.models.frozen_in_half` for the model and its reference, under bfloat16 autocast; not where weights are sharded."""

@@ -18,11 +18,21 @@ class AdaptiveJudge(AdaptiveProbe):
     critic is :class:`safelab.critics.ResponseClassifier` on the unaligned embedded model; ``critic`` may be any other,
     such as :class:`safelab.critics.JudgeCritic`.
 
-    Source: arXiv 2602.17546, section 3.2.
+    Judges are seldom quite sure that something is harmless, so the schedule is the one of the paper's code, ``"clamp"``
+    (:class:`safelab.schedules.RiskSchedule`): a risk of up to a quarter, a judge's 2 of 5, holds no more than none.
+
+    Source: arXiv 2602.17546, section 3.2, and its code.
     """
 
     name = "adaptive-judge"
     own_critic = "classifier"
+
+    def __init__(self, beta_min: float = 0.0, beta_max: float = 1.0, granularity: str = "example", anchors: float = 0.4, shuffled: float = 0.0, critic=None, schedule: str = "clamp") -> None:
+        super().__init__(beta_min, beta_max, granularity, anchors, shuffled, critic)
+        self.schedule = schedule
+
+    def settings(self) -> dict:
+        return super().settings() | {"schedule_kind": self.schedule}
 
     def risks(self, model, tokenizer, data: Dataset) -> list[float]:
         """As of :class:`AdaptiveProbe`; the default critic's are kept, since it knows nothing of the model that is tuned."""

@@ -38,6 +38,7 @@ DEFAULTS: dict[str, dict[str, Default]] = {
         "anchors": Default(0.4, "as adaptive-probe"),
         "shuffled": Default(0.0, "ours: for ablations only"),
         "critic": Default(None, "ResponseClassifier on the embedded model", "arXiv 2602.17546: gpt-oss-20b; its code: gpt-4.1-mini"),
+        "schedule": Default("clamp", "arXiv 2602.17546's code: clamp((r - 2) / 3, ...) of a judge's score r", "its text: linear"),
     },
     "constrained-sft": {
         "first": Default(0.5, "Qi et al. 2024 (arXiv 2406.05946), section 4; their code: beta 0.1 x first_token_bias_factor 5"),

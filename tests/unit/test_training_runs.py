@@ -17,6 +17,7 @@ from resume_worker import SETTINGS, run
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from safelab.attention import NAME
 from safelab.models import render_pairs
 from safelab.output import DONE, save_result
 from safelab.reference import AdapterOff, CachedMoments, SecondModel, response_logits, response_positions
@@ -414,16 +415,18 @@ def test_frozen_weights_cast_once_train_the_same_adapter_and_come_back(reference
         trainer = make_trainer(model, tiny_tokenizer("llama3"), tmp_path, bf16=True, reference=reference, reference_model=small_model("llama3") if reference == "model" else None, num_train_epochs=2)
         if not cast_once:
             trainer.frozen_in_half = nullcontext
-        seen = []
+        seen, attention = [], set()
         of = [trainer.model, *([trainer.reference.reference] if reference == "model" else [])]
         before = [{n: p for n, p in m.named_parameters()} for m in of]
 
         class Look(TrainerCallback):
             def on_step_end(self, *args, **kwargs):
+                attention.add(model.config._attn_implementation)
                 seen.append({p.dtype for m in of for n, p in m.named_parameters() if n.endswith("proj.weight") or "base_layer" in n})
 
         trainer.add_callback(Look())
         trainer.train()
+        assert attention == {NAME} and model.config._attn_implementation == "sdpa"
         assert seen and set.union(*seen) == {torch.bfloat16 if cast_once else torch.float32}
         assert all(dict(m.named_parameters())[n] is p for m, names in zip(of, before) for n, p in names.items())
         return trainable(trainer.model)
