@@ -28,7 +28,7 @@ from safelab.sources import cache_dir, write_atomic
 
 DEPTHS = (0.5, 0.6, 0.67, 0.73)
 """Layers that are read, as shares of the model's depth: the middle, where meaning is and the next word is not yet."""
-VERSION = 2
+VERSION = 3
 """To be raised when the same labels give another classifier: whoever keeps its risks goes by it."""
 SIGNALS = 2  # the last columns of the features: the prompt's help, and whether patterns see a refusal
 HELPER_WEIGHT = 0.5
@@ -250,23 +250,26 @@ TASKS = (
 )
 
 
-def own_pairs(n: int = 120, *, seed: int = 0) -> list[tuple[str, str, float]]:
+def own_pairs(n: int = 240, *, seed: int = 0) -> list[tuple[str, str, float]]:
     """What fine-tuning sets are full of and people were not asked about, made of the ``probe`` splits: (prompt, response, score).
 
-    n each of one-word answers and of small tasks on harmless texts, which are harmless (0), and of redacted compliance with
-    harmful prompts, which teaches to comply (1). Without them a critic that knows long answers only finds one-word answers
-    riskier than compliance.
+    n each of one-word answers and of small tasks, which are harmless (0) also where their text sounds otherwise, so half of
+    the texts are benign twins; and of redacted compliance with harmful prompts, which teaches to comply (1). Without them a
+    critic that knows long answers only finds one-word answers riskier than compliance.
     """
     rng = np.random.default_rng(seed)
-    everyday = list(load_prompts("everyday", "probe"))
-    rows = [everyday[i] for i in rng.permutation(len(everyday))[: 2 * n]]
-    harmful = list(load_prompts("harmful", "probe")["prompt"])
+    texts = [row for name in ("everyday", "twins") for row in _some(load_prompts(name, "probe"), n, rng)]
+    pairs = []
+    for i, row in enumerate(texts[j] for j in rng.permutation(len(texts))):
+        ask, answer = TASKS[i // 2 % len(TASKS)]
+        pairs.append((ask.format(**row), answer(row), 0.0) if i % 2 else (row["prompt"], WORDS[i // 2 % len(WORDS)], 0.0))
     openings = load_compliance()
-    pairs = [(row["prompt"], WORDS[i % len(WORDS)], 0.0) for i, row in enumerate(rows[:n])]
-    for i, row in enumerate(rows[n:]):
-        ask, answer = TASKS[i % len(TASKS)]
-        pairs.append((ask.format(**row), answer(row), 0.0))
-    return pairs + [(harmful[i], str(rng.choice(openings)), 1.0) for i in rng.permutation(len(harmful))[:n]]
+    return pairs + [(row["prompt"], str(rng.choice(openings)), 1.0) for row in _some(load_prompts("harmful", "probe"), n, rng)]
+
+
+def _some(rows, n: int, rng: np.random.Generator) -> list[dict]:
+    rows = list(rows)
+    return [rows[i] for i in rng.permutation(len(rows))[:n]]
 
 
 def _columns(found: Reading, responses: list[str]) -> np.ndarray:

@@ -15,7 +15,7 @@ import time
 
 import nbformat
 import pytest
-from course import CHROMIUM, NOTEBOOKS, WITH_WIDGETS, check_ran, in_quick_mode
+from course import CHROMIUM, NOTEBOOKS, WITH_WIDGETS, check_like_kept, check_ran, in_quick_mode
 from playwright.sync_api import expect, sync_playwright
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium: `make test` installs Debian's, as root or with sudo; or `apt-get install chromium`")
@@ -127,6 +127,7 @@ def test_runs_and_its_widgets_answer(path, lab, browser, screenshots):
         run_all_cells(page)
         notebook = saved(page, lab["folder"] / path.name)
         check_ran(notebook)
+        check_like_kept(path, notebook)
         assert "widgets" not in notebook.metadata, "the state of widgets was saved"
         boxes = page.locator("[class*=safelab-]").all()
         for box in boxes:

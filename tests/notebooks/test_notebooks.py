@@ -1,32 +1,37 @@
 """Every notebook runs from top to bottom, in its quick mode; those with widgets do so in tests/browser, where there is a browser."""
 
-import importlib.util
 import json
 import re
 
 import nbformat
 import pytest
-from course import CHROMIUM, NOTEBOOKS, WITH_WIDGETS, check_ran, in_quick_mode
+from course import CHROMIUM, NOTEBOOKS, WITH_WIDGETS, check_like_kept, check_ran, execute, figures, in_quick_mode
 from nbclient import NotebookClient
-
-spec = importlib.util.spec_from_file_location("execute", NOTEBOOKS[0].parent / "execute.py")
-execute = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(execute)
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if not CHROMIUM or p not in WITH_WIDGETS], ids=lambda p: p.stem)
 def test_runs_in_quick_mode(path, tmp_path):
     notebook = in_quick_mode(path)
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     check_ran(notebook)
-    kept = nbformat.read(path, as_version=4)
-    if "executed" in kept.metadata:
-        assert shown(kept) == shown(execute.without_widgets(notebook)), "run notebooks/execute.py again: its outputs are of another kind now"
+    check_like_kept(path, notebook)
 
 
-def shown(notebook) -> list[set]:
-    """Which of figures, tables and text each code cell shows."""
-    outputs = [c.outputs for c in notebook.cells if c.cell_type == "code"]
-    return [{kind for o in of for kind in (o.get("data") or [o.output_type]) if kind != "text/plain"} for of in outputs]
+def test_another_figure_or_another_kind_of_output_is_noticed(tmp_path):
+    """What check_like_kept says of a notebook whose outputs are not what the code gives."""
+    def notebook(*texts, **metadata):
+        cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("stream", text=text) for text in texts])
+        return nbformat.v4.new_notebook(cells=[cell], metadata=metadata)
+
+    path = tmp_path / "kept.ipynb"
+    many = [f"{i}: 50 % [40, 60]" for i in range(20)]
+    nbformat.write(notebook(*many, executed={}), path)
+    assert figures(notebook("0.91 [0.88, 0.93] and -0.1 [-0.2, 0]")) == [[(0.91, 0.88, 0.93), (-0.1, -0.2, 0.0)]]
+    check_like_kept(path, notebook(*many[1:], "70 % [59, 80]"))
+    check_like_kept(path, notebook(*many[1:], "90 % [80, 99]"))
+    with pytest.raises(AssertionError, match=r"50.0 \[40.0, 60.0\] is kept, now 90.0 \[80.0, 99.0\]"):
+        check_like_kept(path, notebook(*many[2:], *["90 % [80, 99]"] * 2))
+    with pytest.raises(AssertionError, match="another kind"):
+        check_like_kept(path, notebook())
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

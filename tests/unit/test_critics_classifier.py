@@ -271,14 +271,16 @@ def test_a_fingerprint_is_a_models_own(tiny_model):
 
 def test_own_pairs_are_of_the_probe_splits_and_say_what_they_teach():
     pairs = own_pairs(30)
-    everyday, harmful = (set(load_prompts(name, "probe")["prompt"]) for name in ("everyday", "harmful"))
+    everyday, twins, harmful = (set(load_prompts(name, "probe")["prompt"]) for name in ("everyday", "twins", "harmful"))
     assert len(pairs) == len({p for p, _, _ in pairs}) == 90 and pairs == own_pairs(30)
     for number, (prompt, response, score) in enumerate(pairs):
         if number < 60:
-            assert score == 0 and any(text in prompt for text in everyday) and len(response.split()) <= max(3, len(prompt.split()))
+            assert score == 0 and any(text in prompt for text in everyday | twins) and len(response.split()) <= max(3, len(prompt.split()))
         else:
             assert score == 1 and prompt in harmful and response in load_compliance()
-    assert "{" not in "".join(p for p, _, _ in pairs[30:60])
+    assert "{" not in "".join(p for p, _, _ in pairs[:60])
+    assert 20 < sum(any(text in prompt for text in twins) for prompt, _, _ in pairs[:60]) < 40
+    assert sum(prompt in everyday | twins for prompt, _, _ in pairs[:60]) == 30  # the other thirty are small tasks
 
 
 def test_help_beyond_that_of_labelled_responses_changes_nothing():
