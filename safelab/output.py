@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safelab.critics.audit import without_folder
 from safelab.sources import write_atomic
 
 if TYPE_CHECKING:
@@ -44,23 +45,30 @@ def save_result(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     return result
 
 
+def settings(result: dict) -> dict[str, str]:
+    """How a training came about, one line a setting; folders' names without where they lie."""
+    apart = ("model", "critic", "critic_model", "defense", "data", "seed")
+    return {
+        "defence": result["defense"],
+        "critic": result["critic"] or "the defence's own",
+        "start": without_folder(str(result["model"])),
+        "data as trained on (SHA-256, first digits)": f"{result['data']}, {result['examples']:,} examples",
+        "seed": str(result["seed"]),
+        "options": ", ".join(f"{k} {v}" for k, v in result["options"].items() if v not in (None, False) and k not in apart) or "-",
+        "weights (SHA-256, first digits)": ", ".join(f"{name} {digest[:16]}" for name, digest in result["weights"].items()),
+        "versions": ", ".join(f"{k} {v}" for k, v in result["versions"].items()),
+    }
+
+
 def model_card(result: dict, *, adapter: bool) -> str:
     """Markdown: how the model came about, what was seen on the way, and how to load it."""
     history = result["history"]
     last = {k: v for k, v in (history[-1] if history else {}).items() if k != "step"}
-    rows = {
-        "defence": result["defense"],
-        "critic": result["critic"] or "the defence's own",
+    rows = settings(result) | {
         "no verdict on": ", ".join(f"{n} ({status})" for status, n in result.get("critic_failures", {}).items()) or "no example",
-        "start": result["model"],
-        "data (SHA-256, first digits)": f"`{result['data']}`, {result['examples']:,} examples",
-        "seed": result["seed"],
-        "options": ", ".join(f"{k} {v}" for k, v in result["options"].items() if v not in (None, False)),
         "steps": history[-1]["step"] if history else 0,
         "at the last step": ", ".join(f"{k} {v:.3f}" for k, v in last.items()),
         "measured": "; ".join(f"step {m['step']}: ASR {m['asr']:.2f}, utility {m['utility']:.2f}" for m in result.get("measured", [])) or "not during training",
-        "versions": ", ".join(f"{k} {v}" for k, v in result["versions"].items()),
-        "weights (SHA-256)": ", ".join(f"`{name}` {digest[:16]}" for name, digest in result["weights"].items()),
     }
     load = (
         "base = AutoModelForCausalLM.from_pretrained(START)  # the model it was trained on\nmodel = PeftModel.from_pretrained(base, FOLDER)"

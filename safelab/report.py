@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 
-from safelab.critics.audit import STYLE, in_words, section, shorten, without_folder
+from safelab.critics.audit import STYLE, in_words, section, shorten
+from safelab.output import settings
 from safelab.plots import STYLE as FIGURE_STYLE
 from safelab.plots import new_figure, plot_intervals
 from safelab.sources import atomic_path, write_atomic
@@ -132,22 +133,11 @@ def sentences(measured: dict[str, dict]) -> list[str]:
     return said + ([f"Perplexity of held-out responses: {', '.join(f'{value:.2f} {name}' for name, value in surprise.items())}."] if surprise else [])
 
 
-def settings(run: dict) -> dict[str, str]:
-    """How the result came about, one line a setting."""
+def how_made(run: dict) -> dict[str, str]:
+    """How the result came about, and by which patterns refusals were found."""
     from safelab.evaluation import patterns_hash
 
-    options = {k: v for k, v in run["options"].items() if v not in (None, False) and k not in ("model", "critic", "critic_model", "defense", "data", "seed")}
-    return {
-        "defence": run["defense"],
-        "critic": run["critic"] or "the defence's own",
-        "start": without_folder(str(run["model"])),
-        "data as trained on (SHA-256, first digits)": f"{run['data']}, {run['examples']:,} examples",
-        "seed": str(run["seed"]),
-        "options": ", ".join(f"{k} {v}" for k, v in options.items()) or "-",
-        "refusal patterns": patterns_hash(),
-        "weights (SHA-256)": ", ".join(f"{name} {digest[:16]}" for name, digest in run["weights"].items()),
-        "versions": ", ".join(f"{k} {v}" for k, v in run["versions"].items()),
-    }
+    return settings(run) | {"refusal patterns": patterns_hash()}
 
 
 def charts(facts: dict) -> list[tuple[str, str, Callable[[Axes], object]]]:
@@ -219,7 +209,7 @@ img {{ max-width: 100% }} figure {{ margin: 1em 0 }} td:last-child {{ overflow-w
 <h2>Answers</h2>
 {_table(list(shown[0]), [list(row.values()) for row in shown])}
 <h2>How it was made</h2>
-{_table(['', ''], [list(item) for item in settings(facts['run']).items()])}
+{_table(['', ''], [list(item) for item in how_made(facts['run']).items()])}
 <h2>Limits</h2><p>{LIMITS}</p>
 </html>
 """
@@ -246,7 +236,7 @@ def pdf_lines(facts: dict) -> list[tuple[str, bool]]:
         ],
         "Figures": [f"{title}: {alt}" for title, alt, _ in charts(facts)],
         "Answers": [" | ".join(f"{k}: {v}" for k, v in row.items()) for row in examples(facts)],
-        "How it was made": [f"{k}: {v}" for k, v in settings(facts["run"]).items()],
+        "How it was made": [f"{k}: {v}" for k, v in how_made(facts["run"]).items()],
         "Limits": [LIMITS],
     }
     lines: list[tuple[str, bool]] = []

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from io import BytesIO
 
-# ipywidgets names every control by its label but a slider's handle and its readout, and gives a picture no alternative text
-# (its own `tooltip` breaks an Image). So a screen reader would say "slider, 0.5" and not of what.
+# ipywidgets names every control by its label but a slider's handle and its readout, gives a picture no alternative text
+# (its own `tooltip` breaks an Image), and says of a choice among options its number. So a screen reader would say "slider, 5"
+# and neither of what nor which.
 _NAMES = """
-function name(node, text) {
-  if (node.getAttribute('aria-label') !== text) node.setAttribute('aria-label', text);
+function say(node, attribute, text) {
+  if (node.getAttribute(attribute) !== text) node.setAttribute(attribute, text);
 }
 function names(box) {
   for (const slider of box.querySelectorAll('.widget-slider')) {
     const label = slider.querySelector('.widget-label').textContent, readout = slider.querySelector('.widget-readout');
     const handles = slider.querySelectorAll('.noUi-handle');
-    handles.forEach((handle, i) => name(handle, handles.length > 1 ? label + [' from', ' to'][i] : label));
+    handles.forEach((handle, i) => say(handle, 'aria-label', handles.length > 1 ? label + [' from', ' to'][i] : label));
+    if (handles.length === 1) say(handles[0], 'aria-valuetext', readout.textContent);  // of a choice: itself, not its number
     if (readout.isContentEditable) {
       readout.setAttribute('role', 'textbox');
-      name(readout, label + ', typed');
+      say(readout, 'aria-label', label + ', typed');
     }
   }
   for (const label of box.querySelectorAll('.widget-label[title=null]')) label.removeAttribute('title');
+  for (const text of box.querySelectorAll('.widget-html-content')) say(text, 'aria-live', 'polite');
   for (const picture of box.querySelectorAll('.widget-image')) picture.alt = 'Picture of the NAME; the text beside it says what it shows';
 }
 function start(tries) {

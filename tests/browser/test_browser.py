@@ -207,6 +207,8 @@ def layer_explorer(box) -> None:
     text = box.locator(".widget-html-content")
     with changes(box):
         box.get_by_role("slider", name="layer").press("ArrowLeft")
+    expect(box.get_by_role("slider", name="layer")).to_have_attribute("aria-valuetext", box.locator(".widget-readout").first.inner_text())
+    expect(text).to_have_attribute("aria-live", "polite")
     with changes(box):
         box.get_by_role("combobox", name="projection").select_option("LDA")
     with changes(box):
