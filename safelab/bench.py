@@ -26,7 +26,7 @@ from datasets import Dataset
 
 from safelab.losses import Head, head_loss, moments, token_kl, token_nll
 from safelab.models import frozen_in_half
-from safelab.reference import CachedMoments, fill_moments, response_logits, response_positions
+from safelab.reference import CachedMoments, fill_moments, in_batches, response_logits, response_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -250,16 +250,16 @@ def _held_mb(device: str = "cpu") -> float:
         return int(file.read().split("VmRSS:")[1].split()[0]) / 1000
 
 
-def cache_cost(model, tokenizer, data: Dataset, *, batch_size: int = 32) -> float:
+def cache_cost(model, tokenizer, data: Dataset) -> float:
     """Seconds an example that the one pass for the cached reference takes."""
     from safelab.training import PairCollator, tokenize_pairs
 
-    rows = sorted(tokenize_pairs(tokenizer, data), key=lambda row: len(row["input_ids"]))
+    rows = list(tokenize_pairs(tokenizer, data))
     collate = PairCollator(tokenizer.pad_token_id)
     ends = np.cumsum([sum(label != -100 for label in row["labels"]) for row in rows]).tolist()
     spans = {row["index"]: slice(start, end) for row, start, end in zip(rows, [0, *ends], ends)}
     values = np.empty((ends[-1], model.get_output_embeddings().weight.shape[1] + 1), np.float32)
-    batches = ({k: v.to(model.device) for k, v in collate(rows[i : i + batch_size]).items()} for i in range(0, len(rows), batch_size))
+    batches = ({k: v.to(model.device) for k, v in collate(batch).items()} for batch in in_batches(rows, model.device.type))
     started = time.perf_counter()
     with frozen_in_half(model):
         fill_moments(model, batches, spans, values, autocast=partial(torch.autocast, model.device.type, torch.bfloat16))
@@ -298,7 +298,7 @@ def run_bench(*, steps: int = 20, quick: bool = False, seed: int = 0, model: str
         memory = dict(zip(ARMS, pool.map(partial(arm_memory, model=model, seed=seed), ARMS)))
     with tempfile.TemporaryDirectory() as output:
         seconds = time_arms(make_arms(net, tokenizer, data, output), steps)
-    per_example = cache_cost(net, tokenizer, data.select(range(min(64, len(data)))))
+    per_example = cache_cost(net, tokenizer, data)
     medians = {name: spread(s)["median"] for name, s in seconds.items()}
     cached = np.array(seconds["adaptive_cached"])
     paired = {f"adaptive_cached/{name}": spread(cached / s) for name, s in seconds.items() if name != "adaptive_cached"}

@@ -41,12 +41,14 @@ from safelab.attention import quick_attention
 from safelab.losses import LOSS_MEMORY, Head, head_loss, token_kl, token_nll
 from safelab.models import end_of_turn_ids, frozen_in_half, render_pairs
 from safelab.reference import (
+    FILL_TOKENS,
     AdapterOff,
     CachedMoments,
     SecondModel,
     at_head,
     fill_moments,
     has_plain_head,
+    in_batches,
     output_head,
     response_logits,
     response_positions,
@@ -293,16 +295,15 @@ class AdaptiveSFTTrainer(SFTTrainer):
         tokens = sum(sum(label != -100 for label in row["labels"]) for row in self._held_rows())
         return 4 * tokens * (output_head(self.model).weight.shape[1] + 1)
 
-    def _cached_reference(self, size: int = 32) -> CachedMoments:
-        """Made in batches of ``size``, sorted by length; found again by whoever trains this model on these examples."""
+    def _cached_reference(self) -> CachedMoments:
+        """Made in one pass (:func:`safelab.reference.in_batches`); found again by whoever trains this model on these examples."""
         rows = self._held_rows()
         ends = np.cumsum([sum(label != -100 for label in row["labels"]) for row in rows]).tolist()
         spans = {row["index"]: slice(start, end) for row, start, end in zip(rows, [0, *ends], ends)}
 
         def fill(values: np.ndarray) -> None:
-            order = sorted(rows, key=lambda row: len(row["input_ids"]))
-            batches = (self.data_collator(order[i : i + size]) for i in tqdm(range(0, len(order), size), desc="reference", unit="batch", leave=False))
-            on_device = ({k: v.to(self.model.device) for k, v in batch.items()} for batch in batches)
+            batches = tqdm(list(in_batches(rows, self.model.device.type)), desc="reference", unit="batch", leave=False)
+            on_device = ({k: v.to(self.model.device) for k, v in self.data_collator(batch).items()} for batch in batches)
             with self.frozen_in_half():
                 fill_moments(self.model, on_device, spans, values, autocast=self.accelerator.autocast, memory=self.args.loss_memory)
 
@@ -310,7 +311,7 @@ class AdaptiveSFTTrainer(SFTTrainer):
             with self.model.disable_adapter() if hasattr(self.model, "peft_config") else nullcontext():
                 weights = model_fingerprint(self.model)
             examples = hashlib.sha256(json.dumps([[row["input_ids"], row["labels"]] for row in rows]).encode()).hexdigest()
-            about = {"model": weights, "examples": examples, "precision": self.accelerator.mixed_precision, "content": "moments"}
+            about = {"model": weights, "examples": examples, "precision": self.accelerator.mixed_precision, "content": "moments", "batches": FILL_TOKENS}
             values = mapped_array("references", about, (ends[-1], output_head(self.model).weight.shape[1] + 1), fill)
         return CachedMoments(values, spans)
 

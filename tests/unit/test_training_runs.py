@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from safelab.attention import NAME
 from safelab.models import render_pairs
 from safelab.output import DONE, save_result
-from safelab.reference import AdapterOff, CachedMoments, SecondModel, response_logits, response_positions
+from safelab.reference import AdapterOff, CachedMoments, SecondModel, in_batches, response_logits, response_positions
 from safelab.training import MARKER, SafetyMonitor, is_complete, latest_checkpoint
 
 RISKS = [risk for _, _, risk in EXAMPLES]
@@ -402,6 +402,18 @@ def test_what_is_saved_loads_without_safelab(merge, make, folder, tmp_path):
     for said in ("adaptive-probe", "abc, 8 examples", "torch 2", weights[1][:16], "merge" if merge else "PeftModel"):
         assert said in card or said == "merge"
     assert not list(out.rglob("*.bin"))
+
+
+# ------------------------------------------------------------------------------------- batches of the one pass
+
+
+def test_batches_of_the_one_pass_are_sorted_and_bounded_and_lose_nothing():
+    lengths = [3, 900, 5, 1300, 4, 2500, 600, 5]  # the longest is more than a batch may have, and comes alone
+    rows = [{"input_ids": [0] * n, "index": i} for i, n in enumerate(lengths)]
+    batches = list(in_batches(rows, "cpu"))
+    assert sorted(row["index"] for batch in batches for row in batch) == list(range(8))
+    assert [[len(row["input_ids"]) for row in batch] for batch in batches] == [[3, 4, 5, 5], [600, 900], [1300], [2500]]
+    assert len(list(in_batches(rows[:5], "cuda"))) == 1 and not list(in_batches([], "cpu"))
 
 
 # ------------------------------------------------------------------------------------- weights cast once
