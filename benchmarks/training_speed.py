@@ -55,7 +55,8 @@ def attention(model, tokenizer, output: str, *, steps: int, lengths=(64, 128, 18
         arms[name] = lambda number, step=step: step(rows[8 * number : 8 * number + 8])
     layer = {}
     for length in lengths:
-        query, key, value, grad = (torch.randn(8, length, 9, 64).bfloat16().transpose(1, 2).requires_grad_() for _ in range(4))
+        query, key, value = (torch.randn(8, length, 9, 64).bfloat16().transpose(1, 2).requires_grad_() for _ in range(3))
+        grad = torch.randn(8, length, 9, 64).bfloat16().transpose(1, 2)
         mask = torch.ones(8, 1, length, length, dtype=torch.bool).tril()
         ways = {"sdpa": partial(F.scaled_dot_product_attention, query, key, value, mask), NAME: partial(ShortAttention.apply, query, key, value, mask, 64**-0.5)}
         taken = time_arms({name: lambda _, way=way: way().backward(grad) for name, way in ways.items()}, steps)

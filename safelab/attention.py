@@ -1,6 +1,6 @@
 """Attention for training on a CPU: PyTorch's own forward pass, and for short texts a quicker backward pass.
 
-PyTorch's fused attention keeps no probabilities and makes them anew, block by block, in its backward pass. Under 256 tokens
+PyTorch's fused attention keeps no probabilities and makes them anew, block by block, in its backward pass. Under 192 tokens
 its blocks on a CPU are small, and that pass alone is a fifth of a training step. Making them anew for the whole text at
 once takes half of the time and as little memory; the forward pass is untouched, to the bit (``benchmarks/README.md``).
 """
