@@ -2,7 +2,7 @@
 
 PyTorch's fused attention keeps no probabilities and makes them anew, block by block, in its backward pass. Under 192 tokens
 its blocks on a CPU are small, and that pass alone is a fifth of a training step. Making them anew for the whole text at
-once takes half of the time and as little memory; the forward pass is untouched, to the bit (``benchmarks/README.md``).
+once takes less time and as little memory; the forward pass is untouched, to the bit (``benchmarks/README.md``).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from safelab.activations import extract_activations
+from safelab.experiments import DEMO_ARMS
 from safelab.models import render_prompts
 from safelab.probes import scorecard
 from safelab.probing import user_span
@@ -243,7 +244,7 @@ def test_nothing_to_compare_is_said():
 
 def test_the_demos_results_come_with_the_package():
     cells = stored_results()
-    assert [c["defense"] for c in cells] == ["initial", "sft", "constant-kl", "adaptive-probe"]
+    assert [c["defense"] for c in cells] == [*DEMO_ARMS, "adaptive-judge"]
     assert all({"mean", "lo", "hi", "n"} <= c["asr"].keys() and c["attack"] == cells[0]["attack"] for c in cells)
 
 
