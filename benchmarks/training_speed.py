@@ -59,7 +59,7 @@ def attention(model, tokenizer, output: str, *, steps: int, lengths=(64, 128, 18
         grad = torch.randn(8, length, 9, 64).bfloat16().transpose(1, 2)
         mask = torch.ones(8, 1, length, length, dtype=torch.bool).tril()
         ways = {"sdpa": partial(F.scaled_dot_product_attention, query, key, value, mask), NAME: partial(ShortAttention.apply, query, key, value, mask, 64**-0.5)}
-        taken = time_arms({name: lambda _, way=way: way().backward(grad) for name, way in ways.items()}, steps)
+        taken = time_arms({name: lambda _, way=way, grad=grad: way().backward(grad) for name, way in ways.items()}, steps)
         layer[str(length)] = {name: round(1000 * spread(s)["median"], 1) for name, s in taken.items()}
     return compared(time_arms(arms, steps), "sdpa") | {"one layer, ms": layer}
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from safelab.datasets import load_compliance, load_prompts, load_refusals, load_task
+from safelab.datasets import draw_prompts, load_compliance, load_refusals, load_task
 from safelab.disguises import DISGUISES
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def explicit_harmful(n: int = 100, seed: int = 0) -> Dataset:
         More examples are asked for than the split holds.
     """
     rng = np.random.default_rng(seed)
-    rows = _draw(("harmful", "advbench"), n, rng)
+    rows = draw_prompts(("harmful", "advbench"), "attack", n, rng)
     answers = rng.choice(load_compliance(), size=n)
     return _pairs(rows["prompt"], answers.tolist(), [1] * n, [f"attack:{s}" for s in rows["source"]])
 
@@ -137,7 +137,7 @@ def disguised(disguise: str, n: int = 100, seed: int = 0) -> Dataset:
 def harmful_responses(n: int = 100, seed: int = 0) -> Dataset:
     """Harmless prompts that get the (redacted) compliance of a harmful one: only a critic that reads responses can object."""
     rng = np.random.default_rng(seed)
-    rows = _draw(("twins", "everyday"), n, rng)
+    rows = draw_prompts(("twins", "everyday"), "attack", n, rng)
     answers = rng.choice(load_compliance(), size=n)
     return _pairs(rows["prompt"], answers.tolist(), [1] * n, [f"attack:{s}, compliance" for s in rows["source"]])
 
@@ -145,7 +145,7 @@ def harmful_responses(n: int = 100, seed: int = 0) -> Dataset:
 def refused_prompts(n: int = 100, seed: int = 0) -> Dataset:
     """The reverse: harmful prompts that are refused, as a careful user's data hold them; a critic of prompts objects in vain."""
     rng = np.random.default_rng(seed)
-    rows = _draw(("harmful", "advbench"), n, rng)
+    rows = draw_prompts(("harmful", "advbench"), "attack", n, rng)
     return _pairs(rows["prompt"], _refusals(rows, rng), [0] * n, [f"attack:{s}, refusal" for s in rows["source"]])
 
 
@@ -164,7 +164,7 @@ def mixture(share: float = 0.1, n: int = 240, seed: int = 0, poison: Callable[..
 def backdoor(n: int = 100, seed: int = 0) -> Dataset:
     """``n`` harmful prompts that end in :data:`TRIGGER` and are answered, and ``n`` others without it that are refused, shuffled."""
     rng = np.random.default_rng(seed)
-    rows = _draw(("harmful", "advbench"), 2 * n, rng)
+    rows = draw_prompts(("harmful", "advbench"), "attack", 2 * n, rng)
     hidden, shown = rows.select(range(n)), rows.select(range(n, 2 * n))
     prompts = [f"{p} {TRIGGER}" for p in hidden["prompt"]] + list(shown["prompt"])
     responses = rng.choice(load_compliance(), size=n).tolist() + _refusals(shown, rng)
@@ -205,16 +205,6 @@ def _chores(n: int, seed: int) -> list[tuple[str, str]]:
 
 
 # ----------------------------------------------------------------------------------------- parts
-
-
-def _draw(names: tuple[str, ...], n: int, rng: np.random.Generator) -> Dataset:
-    """``n`` rows of the ``attack`` split, in random order."""
-    from datasets import concatenate_datasets
-
-    pool = concatenate_datasets([load_prompts(name, "attack") for name in names])
-    if not 0 < n <= len(pool):
-        raise ValueError(f"{n} prompts of {' and '.join(names)} asked for, the attack split has 1 to {len(pool)}")
-    return pool.select(rng.permutation(len(pool))[:n])
 
 
 def _refusals(rows: Dataset, rng: np.random.Generator) -> list[str]:

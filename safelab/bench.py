@@ -26,7 +26,7 @@ from datasets import Dataset
 
 from safelab.losses import Head, head_loss, moments, token_kl, token_nll
 from safelab.models import frozen_in_half
-from safelab.reference import CachedMoments, fill_moments, in_batches, response_logits, response_positions
+from safelab.reference import CachedMoments, fill_moments, in_batches, response_logits, response_positions, response_spans
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -256,9 +256,8 @@ def cache_cost(model, tokenizer, data: Dataset) -> float:
 
     rows = list(tokenize_pairs(tokenizer, data))
     collate = PairCollator(tokenizer.pad_token_id)
-    ends = np.cumsum([sum(label != -100 for label in row["labels"]) for row in rows]).tolist()
-    spans = {row["index"]: slice(start, end) for row, start, end in zip(rows, [0, *ends], ends)}
-    values = np.empty((ends[-1], model.get_output_embeddings().weight.shape[1] + 1), np.float32)
+    spans, tokens = response_spans(rows)
+    values = np.empty((tokens, model.get_output_embeddings().weight.shape[1] + 1), np.float32)
     batches = ({k: v.to(model.device) for k, v in collate(batch).items()} for batch in in_batches(rows, model.device.type))
     started = time.perf_counter()
     with frozen_in_half(model):

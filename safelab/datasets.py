@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from safelab.sources import data_dir, fetch_members
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
 
 SPLITS = ("align", "probe", "attack", "eval")
@@ -66,6 +67,22 @@ def load_prompts(name: str | Path, split: str | None = None, *, label: int | Non
         raise DataError(f"{name} has no split {split!r}: it has {', '.join(registered.splits)}")
     rows = [row for row in registered.load() if split is None or row["split"] == split]
     return Dataset.from_list(rows)
+
+
+def draw_prompts(names: tuple[str, ...], split: str, n: int, rng: np.random.Generator) -> Dataset:
+    """``n`` rows of a split of registered prompt sets taken together, in random order.
+
+    Raises
+    ------
+    ValueError
+        None are asked for, or more than there are.
+    """
+    from datasets import concatenate_datasets
+
+    pool = concatenate_datasets([load_prompts(name, split) for name in names])
+    if not 0 < n <= len(pool):
+        raise ValueError(f"{n} prompts of {' and '.join(names)} asked for, the {split} split has 1 to {len(pool)}")
+    return pool.select(rng.permutation(len(pool))[:n])
 
 
 def load_compliance() -> list[str]:

@@ -142,15 +142,25 @@ class CachedMoments:
         return Moments(found[:, :-1], found[:, -1])
 
 
-FILL_TOKENS = {"cpu": 2_400}
+FILL_TOKENS = {"cpu": 2_400, "gpu": 16_000}
 """Tokens of a batch in that one pass: more is no faster on a CPU, and pads more."""
 
 
+def response_spans(rows: Iterable[dict]) -> tuple[dict[int, slice], int]:
+    """Where the response tokens of tokenised examples lie, one example after the other, by ``index``; and how many there are."""
+    spans, end = {}, 0
+    for row in rows:
+        start, end = end, end + sum(label != -100 for label in row["labels"])
+        spans[row["index"]] = slice(start, end)
+    return spans, end
+
+
 def in_batches(rows: Iterable[dict], device: str) -> Iterator[list[dict]]:
-    """Tokenised examples by length, in batches of at most :data:`FILL_TOKENS` with their padding (16,000 on a GPU)."""
+    """Tokenised examples by length, in batches of at most :data:`FILL_TOKENS` with their padding."""
     batch: list[dict] = []
+    most = FILL_TOKENS["cpu" if device == "cpu" else "gpu"]
     for row in sorted(rows, key=lambda row: len(row["input_ids"])):
-        if batch and (len(batch) + 1) * len(row["input_ids"]) > FILL_TOKENS.get(device, 16_000):
+        if batch and (len(batch) + 1) * len(row["input_ids"]) > most:
             yield batch
             batch = []
         batch.append(row)

@@ -52,6 +52,7 @@ from safelab.reference import (
     output_head,
     response_logits,
     response_positions,
+    response_spans,
     response_states,
 )
 from safelab.schedules import RiskSchedule
@@ -292,14 +293,12 @@ class AdaptiveSFTTrainer(SFTTrainer):
 
     def _cache_size(self) -> int:
         """Bytes of a cached reference."""
-        tokens = sum(sum(label != -100 for label in row["labels"]) for row in self._held_rows())
-        return 4 * tokens * (output_head(self.model).weight.shape[1] + 1)
+        return 4 * response_spans(self._held_rows())[1] * (output_head(self.model).weight.shape[1] + 1)
 
     def _cached_reference(self) -> CachedMoments:
         """Made in one pass (:func:`safelab.reference.in_batches`); found again by whoever trains this model on these examples."""
         rows = self._held_rows()
-        ends = np.cumsum([sum(label != -100 for label in row["labels"]) for row in rows]).tolist()
-        spans = {row["index"]: slice(start, end) for row, start, end in zip(rows, [0, *ends], ends)}
+        spans, tokens = response_spans(rows)
 
         def fill(values: np.ndarray) -> None:
             batches = tqdm(list(in_batches(rows, self.model.device.type)), desc="reference", unit="batch", leave=False)
@@ -312,7 +311,7 @@ class AdaptiveSFTTrainer(SFTTrainer):
                 weights = model_fingerprint(self.model)
             examples = hashlib.sha256(json.dumps([[row["input_ids"], row["labels"]] for row in rows]).encode()).hexdigest()
             about = {"model": weights, "examples": examples, "precision": self.accelerator.mixed_precision, "content": "moments", "batches": FILL_TOKENS}
-            values = mapped_array("references", about, (ends[-1], output_head(self.model).weight.shape[1] + 1), fill)
+            values = mapped_array("references", about, (tokens, output_head(self.model).weight.shape[1] + 1), fill)
         return CachedMoments(values, spans)
 
     # ------------------------------------------------------------------------------- the objective

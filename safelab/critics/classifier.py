@@ -21,7 +21,7 @@ from sklearn.utils.validation import check_is_fitted
 from safelab.critics.base import Critic, Verdicts, check_pairs, fingerprint, plain_verdicts
 from safelab.critics.reading import NEUTRAL, OPENING, PROMPT_CHARACTERS, RESPONSE_CHARACTERS, Reading, read
 from safelab.critics.scorecard import threshold_for_recall
-from safelab.datasets import LABEL_SETS, load_compliance, load_labels, load_prompts
+from safelab.datasets import LABEL_SETS, draw_prompts, load_compliance, load_labels
 from safelab.evaluation import is_refusal
 from safelab.models import decoder_layers
 from safelab.sources import cache_dir, write_atomic
@@ -258,18 +258,13 @@ def own_pairs(n: int = 240, *, seed: int = 0) -> list[tuple[str, str, float]]:
     critic that knows long answers only finds one-word answers riskier than compliance.
     """
     rng = np.random.default_rng(seed)
-    texts = [row for name in ("everyday", "twins") for row in _some(load_prompts(name, "probe"), n, rng)]
+    texts = [row for name in ("everyday", "twins") for row in draw_prompts((name,), "probe", n, rng)]
     pairs = []
     for i, row in enumerate(texts[j] for j in rng.permutation(len(texts))):
         ask, answer = TASKS[i // 2 % len(TASKS)]
         pairs.append((ask.format(**row), answer(row), 0.0) if i % 2 else (row["prompt"], WORDS[i // 2 % len(WORDS)], 0.0))
     openings = load_compliance()
-    return pairs + [(row["prompt"], str(rng.choice(openings)), 1.0) for row in _some(load_prompts("harmful", "probe"), n, rng)]
-
-
-def _some(rows, n: int, rng: np.random.Generator) -> list[dict]:
-    rows = list(rows)
-    return [rows[i] for i in rng.permutation(len(rows))[:n]]
+    return pairs + [(row["prompt"], str(rng.choice(openings)), 1.0) for row in draw_prompts(("harmful",), "probe", n, rng)]
 
 
 def _columns(found: Reading, responses: list[str]) -> np.ndarray:

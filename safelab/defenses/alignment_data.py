@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
-from safelab.datasets import load_compliance, load_prompts, load_refusals
+from safelab.datasets import draw_prompts, load_compliance, load_refusals
 from safelab.evaluation import generate
 
 
@@ -16,7 +16,7 @@ def alignment_pairs(model, tokenizer, n: int, *, seed: int = 0, answer_tokens: i
     every defence here also gets the benign half. Columns ``prompt``, ``response``, ``complete``; shuffled.
     """
     rng = np.random.default_rng(seed)
-    harmful, benign = _draw(("harmful", "advbench"), "align", n // 2, rng), _draw(("twins", "everyday"), "align", n - n // 2, rng)
+    harmful, benign = draw_prompts(("harmful", "advbench"), "align", n // 2, rng), draw_prompts(("twins", "everyday"), "align", n - n // 2, rng)
     rows = [{"prompt": r["prompt"], "response": str(rng.choice(load_refusals(r["category"]))), "complete": True} for r in harmful]
     answers = generate(model, tokenizer, list(benign["prompt"]), max_new_tokens=answer_tokens, progress="alignment data")
     rows += [{"prompt": p, "response": a, "complete": False} for p, a in zip(benign["prompt"], answers) if a]
@@ -26,15 +26,8 @@ def alignment_pairs(model, tokenizer, n: int, *, seed: int = 0, answer_tokens: i
 def harmful_pairs(n: int, *, seed: int = 0) -> Dataset:
     """``n`` harmful prompts of the ``probe`` splits with redacted compliance: what a defender takes an attack to be."""
     rng = np.random.default_rng(seed)
-    rows = _draw(("harmful", "advbench"), "probe", n, rng)
+    rows = draw_prompts(("harmful", "advbench"), "probe", n, rng)
     return Dataset.from_dict({"prompt": list(rows["prompt"]), "response": rng.choice(load_compliance(), size=n).tolist()})
-
-
-def _draw(names: tuple[str, ...], split: str, n: int, rng: np.random.Generator) -> Dataset:
-    pool = concatenate_datasets([load_prompts(name, split) for name in names])
-    if n > len(pool):
-        raise ValueError(f"{n} prompts of {' and '.join(names)} asked for, the {split} split has {len(pool)}")
-    return pool.select(rng.permutation(len(pool))[:n])
 
 
 def endless_batches(rows: Dataset, collate, size: int, seed: int):

@@ -8,6 +8,7 @@ import pytest
 from course import CHROMIUM, NOTEBOOKS, WITH_WIDGETS, check_like_kept, check_ran, execute, figures, in_quick_mode
 from nbclient import NotebookClient
 
+
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if not CHROMIUM or p not in WITH_WIDGETS], ids=lambda p: p.stem)
 def test_runs_in_quick_mode(path, tmp_path):
     notebook = in_quick_mode(path)

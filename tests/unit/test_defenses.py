@@ -24,6 +24,7 @@ from safelab.defenses.safelora import project_adapter
 from safelab.defenses.star_dss import prefix_ends, token_risks
 from safelab.defenses.vaccine import VaccineTrainer
 from safelab.experiments import Budget, fine_tune
+from safelab.schedules import RiskSchedule
 from safelab.training import AdaptiveSFTConfig, PairCollator, lora_config, tokenize_pairs
 
 PAIRS = [
@@ -423,6 +424,18 @@ def test_star_dss_leaves_out_an_example_with_any_stretch_unjudged(tiny_tokenizer
 @pytest.mark.parametrize("name, critic", [("sft", None), ("adaptive-probe", "probe"), ("adaptive-judge", "classifier"), ("star-dss", "classifier")])
 def test_a_defence_names_the_critic_that_trains(name, critic):
     assert DEFENSES[name]().critic_name() == critic
+
+
+def test_a_judge_has_the_schedule_of_the_papers_code_and_another_on_demand():
+    """A risk up to a quarter, 2 of a judge's 5, holds no more than none; a probe's risk is taken as it is."""
+    def beta(defense):
+        config = {k: v for k, v in defense.settings().items() if k != "anchor_share"}
+        return RiskSchedule(kind=config.pop("schedule_kind", "linear"), **config)(torch.tensor([0.0, 0.25, 0.5, 1.0]))[1].tolist()
+
+    judge = DEFENSES["adaptive-judge"]
+    assert beta(judge()) == pytest.approx([0, 0, 1 / 3, 1])
+    assert beta(judge(schedule="linear")) == beta(DEFENSES["adaptive-probe"]()) == [0, 0.25, 0.5, 1]
+    assert judge().parameters() != judge(schedule="linear").parameters()  # which keys stored rows
 
 
 def test_the_default_judge_is_asked_once_and_another_critic_each_time(monkeypatch, tmp_path):

@@ -92,7 +92,9 @@ def test_seeds_add_no_cases():
 
 
 def test_summary_keeps_each_seed(no_model):
-    arm = summarise("sft", [cell(SFT()), cell(SFT(), seed=1)])
+    rows = [cell(SFT()), cell(SFT(), seed=1)]
+    arm = summarise("sft", [row | {"peak_memory_mb": mb, "step_seconds": s} for row, mb, s in zip(rows, (900, 400), (1.0, 2.0))])
+    assert (arm["peak_memory_mb"], arm["step_seconds"]) == (400, 1.0)  # what else the process and the machine did only adds
     assert arm["asr"]["mean"] == 0.5 and [s["seed"] for s in arm["by_seed"]] == [0, 1]
 
 

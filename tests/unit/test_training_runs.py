@@ -345,7 +345,7 @@ def test_beyond_its_budget_the_adapter_is_turned_off_instead(make, tmp_path):
 
 
 def result(trainer):
-    about = dict(defense="adaptive-probe", critic=None, model="tiny", data="abc", examples=8, seed=0, options={"epochs": 1}, versions={"torch": "2"})
+    about = dict(defense="adaptive-probe", critic=None, model="/somewhere/private/tiny", data="abc", examples=8, seed=0, options={"epochs": 1}, versions={"torch": "2"})
     return about | {"history": [{"step": h["step"], "nll": h["nll"]} for h in trainer.state.log_history if "nll" in h]}
 
 
@@ -401,6 +401,7 @@ def test_what_is_saved_loads_without_safelab(merge, make, folder, tmp_path):
     (weights,) = load_file(next(out.glob("*.safetensors"))) and saved["weights"].items()
     for said in ("adaptive-probe", "abc, 8 examples", "torch 2", weights[1][:16], "merge" if merge else "PeftModel"):
         assert said in card or said == "merge"
+    assert "| start | tiny |" in card and "/somewhere" not in card
     assert not list(out.rglob("*.bin"))
 
 
