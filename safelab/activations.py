@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from safelab.models import decoder_layers, render_pairs, render_prompts
+from safelab.models import decoder_layers, eval_mode, frozen_in_half, render_pairs, render_prompts
 from safelab.sources import atomic_path, cache_dir, explained
 
 POSITIONS = ("last", "mean", "all")
@@ -102,7 +102,7 @@ def extract_activations(
         default 512 on a CPU, where more is no faster, and 8192 elsewhere.
     cache
         Keep the result on disk, keyed by the model's weights, the texts' tokens and the settings, and return it
-        memory-mapped: asked for again, it is read instead of computed.
+        memory-mapped: asked for again, it is read instead of computed. Some layers are found where all were kept.
 
     Raises
     ------
@@ -134,8 +134,9 @@ def extract_activations(
 
     def fill(values: np.ndarray) -> None:
         cast = torch.autocast(model.device.type, torch.bfloat16, cache_enabled=False) if half else nullcontext()
+        weights = frozen_in_half(model) if half else nullcontext()
         bar = tqdm(total=len(texts), desc=progress, disable=progress is None, unit="prompt", leave=False)
-        with _eval_mode(model), torch.no_grad(), cast, bar:
+        with eval_mode(model), torch.no_grad(), weights, cast, bar:
             # what all texts begin with, mostly the template's opening, is read once and kept as keys and values
             shared = shared_beginning(texts, starts) if layers[-1] else 0
             past, head = DynamicCache(config=config), {}
@@ -160,7 +161,9 @@ def extract_activations(
 
     if cache:
         about = {"model": model_fingerprint(model), "texts": _hash(texts, starts), "layers": layers, "position": position, "half": half}
-        values = mapped_array("activations", about, shape, fill)
+        every = list(range(len(blocks) + 1))
+        whole = kept_array("activations", about | {"layers": every}, (shape[0], len(every), shape[2])) if layers != every else None
+        values = mapped_array("activations", about, shape, fill) if whole is None else whole[:, layers]
     else:
         values = np.empty(shape, dtype=np.float32)
         fill(values)
@@ -183,17 +186,6 @@ def _batches(lengths: list[int], batch_tokens: int):
             batch = []
         batch.append(i)
     yield batch
-
-
-@contextmanager
-def _eval_mode(model):
-    """Dropout off; the model goes back to training, if it was, whatever happens."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _pool(hidden: torch.Tensor, spans: list[tuple[int, int]], position: str, head: torch.Tensor | None) -> torch.Tensor:
@@ -300,14 +292,24 @@ def _hash(*values) -> str:
 
 def mapped_array(folder: str, about: dict, shape: tuple[int, ...], fill) -> np.ndarray:
     """The cached float32 array of ``about``, read-only and memory-mapped; made by ``fill(array)`` where there is none, or a broken one."""
-    path = cache_dir() / folder / f"{_hash(about)}.safetensors"
-    if not path.is_file() or (values := _open(path, about, shape)) is None:
+    if (values := kept_array(folder, about, shape)) is None:
+        path = _file_of(folder, about)
         with atomic_path(path) as temp:
             values = _create(temp, about, shape)
             fill(values)
             values.flush()
         values = _open(path, about, shape)
     return values
+
+
+def kept_array(folder: str, about: dict, shape: tuple[int, ...]) -> np.ndarray | None:
+    """What :func:`mapped_array` has kept under that name; None where there is nothing, or something broken."""
+    path = _file_of(folder, about)
+    return _open(path, about, shape) if path.is_file() else None
+
+
+def _file_of(folder: str, about: dict) -> Path:
+    return cache_dir() / folder / f"{_hash(about)}.safetensors"
 
 
 _BLOCK = 1 << 24

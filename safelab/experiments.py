@@ -247,8 +247,9 @@ def kept_data(file: Path, make: Callable[[], Dataset]) -> Dataset:
 
 DEMO_ARMS = ("initial", "sft", "constant-kl", "adaptive-probe")
 DEMO_EXAMPLES = 720
-QUICK_DEMO_EXAMPLES = 480
-"""With fewer, plain fine-tuning has not yet lost its refusals, and there is no story to tell."""
+QUICK_DEMO_EXAMPLES = 160
+"""Enough for plain fine-tuning to lose its refusals; too few for the task to be learned."""
+QUICK_DEMO_SUITE = Suite(harmful=30, strongreject=15, benign=30, task=120)
 DEMO_BETA = 0.7
 """The fixed beta of the constant-kl arm: the best of five in benchmarks/constant_kl_sweep.json."""
 
@@ -270,7 +271,7 @@ def run_demo(
     started = time.monotonic()
     model = model or SAFE
     budget = Budget()
-    suite = Suite(harmful=40, strongreject=20, benign=40, task=200) if quick else Suite()  # as in the quickstart notebook, which reads these rows
+    suite = QUICK_DEMO_SUITE if quick else Suite()  # as in the quickstart notebook, which reads these rows
     share, n = 0.1, QUICK_DEMO_EXAMPLES if quick else DEMO_EXAMPLES
     cells = [(arm, seed) for seed in seeds for arm in arms]
     rows = []

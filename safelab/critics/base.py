@@ -127,7 +127,7 @@ def members(critic) -> str:
 def identity(critic) -> str:
     """What a critic's verdicts depend on, beside the texts: its kind, model and settings, and those of its parts."""
     model = getattr(critic, "model", None)
-    settings = [getattr(critic, name) for name in ("version", "labels", "kind", "rubric", "unsure") if hasattr(critic, name)]
+    settings = [getattr(critic, name) for name in ("version", "labels", "helpers", "kind", "rubric", "unsure") if hasattr(critic, name)]
     about = [critic.name, fingerprint(model) if hasattr(model, "state_dict") else model, settings, [identity(part) for part in getattr(critic, "critics", ())]]
     return repr(about)
 

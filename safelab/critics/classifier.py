@@ -152,14 +152,17 @@ class ResponseClassifier(Critic):
         probability that the response does *not* refuse).
     layers
         Numbers of transformer blocks; default :data:`DEPTHS`.
+    helpers
+        Whether to train on more than the labels asked for. Without, only what is asked about is read, in a fraction of the time,
+        and nothing is kept; on other responses than people were asked about, such as one-word answers, its risks are worth little.
     """
 
     name = "classifier"
     version = VERSION
 
-    def __init__(self, model, tokenizer, *, labels: str = "human-harm", layers: list[int] | None = None, batch_size: int = 16) -> None:
+    def __init__(self, model, tokenizer, *, labels: str = "human-harm", layers: list[int] | None = None, batch_size: int = 16, helpers: bool = True) -> None:
         n_blocks = len(decoder_layers(model))
-        self.model, self.tokenizer, self.labels, self.batch_size = model, tokenizer, labels, batch_size
+        self.model, self.tokenizer, self.labels, self.batch_size, self.helpers = model, tokenizer, labels, batch_size, helpers
         self.layers = sorted({min(n_blocks - 1, max(1, round(d * n_blocks))) for d in DEPTHS}) if layers is None else list(layers)
         self.head: ResponseHead | None = None
 
@@ -194,6 +197,8 @@ class ResponseClassifier(Critic):
 
         Their scores become the mean score of the training pairs that people gave the nearest answer in both sets.
         """
+        if not self.helpers:
+            return None
         ours, without = dict(zip(zip(prompts, responses), score)), set(without)
         found = []
         for other in [name for name in LABEL_SETS if name != labels]:
@@ -219,6 +224,8 @@ class ResponseClassifier(Critic):
 
     def _labelled(self, prompts: list[str], responses: list[str]) -> np.ndarray:
         """Features of labelled pairs."""
+        if not self.helpers:
+            return self.features(prompts, responses, progress="labelled responses")
         where, found = self._readings
         chosen = [where[pair] for pair in zip(prompts, responses)]
         return _columns(Reading(found.states[chosen], found.help[chosen]), responses)

@@ -31,9 +31,9 @@ class ProbeCritic(Critic):
 
 
 def train_probe_critic(model, tokenizer, *, layers: list[int] | None = None, states: Activations | None = None) -> ProbeCritic:
-    """The default probe on this model, trained on :func:`safelab.probes.probe_prompts`; ``states`` are theirs, if they have been read already."""
+    """The default probe on this model, trained on :func:`safelab.probes.probe_prompts`, whose states are kept; ``states`` are those, if they are at hand."""
     prompts, labels, groups = probe_prompts()
     layers = default_layers(len(decoder_layers(model))) if layers is None else layers
-    states = extract_activations(model, tokenizer, prompts, layers=layers, progress="probe") if states is None else states.select(layers)
+    states = extract_activations(model, tokenizer, prompts, layers=layers, cache=True, progress="probe") if states is None else states.select(layers)
     probe = HarmProbe().fit(states.concatenated(), labels, groups=groups)
     return ProbeCritic(probe, model, tokenizer, layers)

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from safelab.evaluation import autocast
-from safelab.models import pad_left, render_pairs, render_prompts
+from safelab.models import eval_mode, pad_left, render_pairs, render_prompts
 
 PROMPT_CHARACTERS, RESPONSE_CHARACTERS = 1200, 1000
 """The end of a prompt and the beginning of a response that are read; the rest seldom changes a verdict, and costs time."""
@@ -44,9 +44,7 @@ def read(model, tokenizer, prompts: list[str], responses: list[str], layers: lis
     states = np.empty((len(pairs), len(layers), model.config.hidden_size), dtype=np.float32)
     gain = np.empty(len(pairs))
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].input_ids))
-    was_training = model.training
-    model.eval()
-    with autocast(model), tqdm(total=len(pairs), desc=progress, disable=progress is None, unit="example", leave=False) as bar:
+    with eval_mode(model), autocast(model), tqdm(total=len(pairs), desc=progress, disable=progress is None, unit="example", leave=False) as bar:
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
             hidden, with_prompt = _pass(model, tokenizer, [pairs[i] for i in rows], layers)
@@ -54,7 +52,6 @@ def read(model, tokenizer, prompts: list[str], responses: list[str], layers: lis
             states[rows] = hidden
             gain[rows] = [_mean_gain(a, b) for a, b in zip(with_prompt, without)]
             bar.update(len(rows))
-    model.train(was_training)
     return Reading(states, gain)
 
 

@@ -350,8 +350,8 @@ def test_what_changes_the_result_changes_the_file(tiny_model, tiny_tokenizer, ra
         lambda **k: extract_activations(model, short, PROMPTS, **k),
         lambda **k: extract_activations(model, tokenizer, PROMPTS[::-1], **k),
         lambda **k: extract_activations(model, tokenizer, PROMPTS, RESPONSES, **k),
-        lambda **k: extract_activations(model, tokenizer, PROMPTS, layers=[2], **k),
         lambda **k: extract_activations(model, tokenizer, PROMPTS, position="mean", **k),
+        lambda **k: extract_activations(model, tokenizer, PROMPTS, layers=[2], position="mean", half=False, **k),
         lambda **k: extract_activations(model, tokenizer, PROMPTS, half=False, **k),
     ]
     for number, call in enumerate(calls, 1):
@@ -360,6 +360,16 @@ def test_what_changes_the_result_changes_the_file(tiny_model, tiny_tokenizer, ra
     with tuned.disable_adapter():  # the model inside, which is cached already
         extract_activations(tuned, tokenizer, PROMPTS, cache=True)
     assert len(list(home.iterdir())) == len(calls)
+
+
+def test_some_layers_are_read_from_where_all_were_kept(small, home, monkeypatch):
+    model, tokenizer = small
+    plain = extract_activations(model, tokenizer, PROMPTS, layers=[1, 4])
+    extract_activations(model, tokenizer, PROMPTS, cache=True)
+    monkeypatch.setattr(activations, "_read", lambda *_: pytest.fail("computed again"))
+    found = extract_activations(model, tokenizer, PROMPTS, layers=[4, 1], cache=True)
+    np.testing.assert_array_equal(found.values, plain.values)
+    assert found.layers == (1, 4) and len(list(home.iterdir())) == 1
 
 
 def test_a_broken_file_is_made_again_and_a_foreign_one_refused(small, home):

@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from safelab.critics import ResponseClassifier, classifier, scorecard
+from safelab.critics.base import identity
 from safelab.critics.classifier import ResponseHead, fingerprint, own_pairs
 from safelab.critics.reading import NEUTRAL, OPENING, RESPONSE_CHARACTERS, read
 from safelab.critics.scorecard import critic_eval, outer_folds
@@ -244,6 +245,17 @@ def test_labelled_responses_are_read_once_a_model(labels, tiny, tiny_model, monk
     np.testing.assert_array_equal(a, b)
     ResponseClassifier(tiny_model("llama3", seed=1), tiny[1]).fit()
     assert len(calls) == 2
+
+
+def test_without_helpers_only_what_is_asked_about_is_read(labels, tiny, tmp_path, monkeypatch):
+    sizes = []
+    real = classifier.read
+    monkeypatch.setattr(classifier, "read", lambda model, tokenizer, prompts, *a, **k: sizes.append(len(prompts)) or real(model, tokenizer, prompts, *a, **k))
+    alone = ResponseClassifier(*tiny, helpers=False)
+    card = critic_eval(alone, "human-harm", limit=40, draws=5, baselines=False)
+    assert sizes == [card["n"]] == [40] and not (tmp_path / "readings").exists()
+    assert card["auroc"]["mean"] > 0.95
+    assert identity(alone) != identity(ResponseClassifier(*tiny))
 
 
 def test_a_critic_looks_at_its_kept_readings_once(labels, tiny, monkeypatch):
