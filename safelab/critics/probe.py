@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+from importlib.metadata import version
+
 import numpy as np
 
-from safelab.activations import Activations, extract_activations
+from safelab.activations import extract_activations, model_fingerprint, template_fingerprint
 from safelab.critics.base import Critic, Verdicts, plain_verdicts
 from safelab.models import decoder_layers
-from safelab.probes import HarmProbe, default_layers, probe_prompts
+from safelab.probes import HarmProbe, data_fingerprint, default_layers, load_probe, probe_prompts, save_probe
+from safelab.sources import cache_dir
 
 
 class ProbeCritic(Critic):
@@ -30,10 +36,20 @@ class ProbeCritic(Critic):
         return plain_verdicts(self.score(prompts))
 
 
-def train_probe_critic(model, tokenizer, *, layers: list[int] | None = None, states: Activations | None = None) -> ProbeCritic:
-    """The default probe on this model, trained on :func:`safelab.probes.probe_prompts`, whose states are kept; ``states`` are those, if they are at hand."""
+def train_probe_critic(model, tokenizer, *, layers: list[int] | None = None) -> ProbeCritic:
+    """The default probe on this model, trained on :func:`safelab.probes.probe_prompts`.
+
+    Their states and the probe are kept, so that a second run on the same model has them at once.
+    """
     prompts, labels, groups = probe_prompts()
     layers = default_layers(len(decoder_layers(model))) if layers is None else layers
-    states = extract_activations(model, tokenizer, prompts, layers=layers, cache=True, progress="probe") if states is None else states.select(layers)
-    probe = HarmProbe().fit(states.concatenated(), labels, groups=groups)
+    key = [model_fingerprint(model), template_fingerprint(tokenizer), layers, data_fingerprint(prompts, labels), version("scikit-learn")]
+    folder = cache_dir() / "probes" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
+    try:
+        probe, _ = load_probe(folder, model=model, tokenizer=tokenizer)
+    except ValueError:  # none yet, or a damaged one
+        states = extract_activations(model, tokenizer, prompts, layers=layers, cache=True, progress="probe")
+        probe = HarmProbe().fit(states.concatenated(), labels, groups=groups)
+        shutil.rmtree(folder, ignore_errors=True)
+        save_probe(probe, folder, model=model, tokenizer=tokenizer, layers=layers, data=key[3])
     return ProbeCritic(probe, model, tokenizer, layers)

@@ -27,7 +27,9 @@ from safelab.critics import (
     Verdicts,
     guard,
     scorecard,
+    train_probe_critic,
 )
+from safelab.critics import probe as of_probe
 from safelab.critics.audit import SHOWN, audit, page, shorten
 from safelab.critics.base import check_apart, identity, members
 from safelab.critics.scorecard import grouped_interval, outer_folds, text_baseline, threshold_for_recall
@@ -70,6 +72,40 @@ def test_the_probe_critic_reads_the_prompt_alone(tiny_model, tiny_tokenizer):
     assert risks.shape == (2,) and ((0 <= risks) & (risks <= 1)).all()
     np.testing.assert_array_equal(critic.judge(prompts, [REFUSAL, ANSWER]).risk, risks)
     np.testing.assert_array_equal(critic.score(prompts, [ANSWER, REFUSAL]), risks)
+
+
+def test_the_default_probe_is_trained_once_a_model(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFELAB_HOME", str(tmp_path))
+    known = [f"{'How do I hurt' if i % 2 else 'How do I help'} person {i}?" for i in range(20)]
+    monkeypatch.setattr(of_probe, "probe_prompts", lambda: (known, np.arange(20) % 2, np.arange(20)))
+    fitted, fit = [], HarmProbe.fit
+    monkeypatch.setattr(HarmProbe, "fit", lambda self, *a, **k: fitted.append(1) or fit(self, *a, **k))
+    model, tokenizer = tiny_model("llama3"), tiny_tokenizer("llama3")
+    risks = train_probe_critic(model, tokenizer).score(known)
+    np.testing.assert_array_equal(train_probe_critic(model, tokenizer).score(known), risks)
+    assert len(fitted) == 1
+    for change in (
+        lambda: train_probe_critic(tiny_model("llama3", seed=1), tokenizer),
+        lambda: train_probe_critic(model, tokenizer, layers=[1]),
+        lambda: monkeypatch.setattr(of_probe, "probe_prompts", lambda: (known, 1 - np.arange(20) % 2, np.arange(20))) or train_probe_critic(model, tokenizer),
+    ):
+        before = len(fitted)
+        change()
+        assert len(fitted) == before + 1
+    monkeypatch.undo()
+    assert len(list((tmp_path / "probes").iterdir())) == 4
+
+
+def test_a_damaged_probe_is_trained_again(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFELAB_HOME", str(tmp_path))
+    known = [f"{'How do I hurt' if i % 2 else 'How do I help'} person {i}?" for i in range(20)]
+    monkeypatch.setattr(of_probe, "probe_prompts", lambda: (known, np.arange(20) % 2, np.arange(20)))
+    model, tokenizer = tiny_model("llama3"), tiny_tokenizer("llama3")
+    risks = train_probe_critic(model, tokenizer).score(known)
+    (folder,) = (tmp_path / "probes").iterdir()
+    for name in ("probe.json", "probe.safetensors"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:30])
+        np.testing.assert_array_equal(train_probe_critic(model, tokenizer).score(known), risks)
 
 
 @pytest.mark.parametrize("critic", [PatternCritic(), LocalJudge(None, None), GuardCritic(None, None, "wildguard")], ids=lambda c: c.name)
