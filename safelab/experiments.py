@@ -65,6 +65,8 @@ class Suite:
     def measure(self, model, tokenizer, wrapper: Wrapper | None = None) -> dict[str, list[int]]:
         """Flags, one a case: ``asr`` and ``asr_strongreject`` (complied), ``over_refusal`` (refused), ``utility`` (right).
 
+        ``utility_balanced`` is ``utility`` with the model's leaning to one answer taken out: half of the cases, as many as have
+        either label, get each answer (calibration as in Zhao et al. 2021, with the held-out cases themselves in place of empty ones).
         With a ``wrapper`` the first two are asked as the attacker asks, and ``asr_plain`` and ``asr_strongreject_plain``
         as anybody does; the other two are always plain.
         """
@@ -87,7 +89,9 @@ class Suite:
         flags["over_refusal"] = [int(r) for r in refused("everyday", self.benign, PLAIN)]
         task = load_task("eval", self.task)
         scores = answer_scores(model, tokenizer, list(task["prompt"]), TASK_ANSWERS)
-        flags["utility"] = (scores.argmax(-1).numpy() == np.array(task["label"])).astype(int).tolist()
+        labels, preference = np.array(task["label"]), (scores[:, 1] - scores[:, 0]).numpy()
+        for key, cut in (("utility", 0), ("utility_balanced", np.median(preference))):
+            flags[key] = ((preference > cut) == labels).astype(int).tolist()
         return flags
 
 
@@ -295,7 +299,7 @@ def run_demo(
 
 def summarise(arm: str, rows: list[dict]) -> dict:
     """Rows of one arm -> its rates over seeds; seeds share their cases, so n counts cases."""
-    rates = {key: pooled([r["flags"][key] for r in rows]).to_dict() for key in rows[0]["flags"]}
+    rates = _rates(rows)
     steps = [r["step_seconds"] for r in rows if r["step_seconds"]]
     by_seed = [{"seed": r["seed"], **{k: float(np.mean(f)) for k, f in r["flags"].items()}} for r in rows]
     return {
@@ -307,6 +311,11 @@ def summarise(arm: str, rows: list[dict]) -> dict:
         "critics": rows[0].get("critics"),
         "by_seed": by_seed,
     }
+
+
+def _rates(rows: list[dict]) -> dict[str, dict]:
+    """The rates that all rows have, seeds pooled; a row kept from before a measure was there lacks it."""
+    return {key: pooled([r["flags"][key] for r in rows]).to_dict() for key in rows[0]["flags"] if all(key in r["flags"] for r in rows)}
 
 
 def pooled(flags: list[list[int]]) -> Rate:
@@ -438,7 +447,7 @@ def ablate(
     cells, points = grid([attack], [defense], seeds, epochs=(epochs,))[1:], []
     for value in values:
         rows = [run_named(cell, model=model or SAFE, suite=suite, changes={**(fixed or {}), setting: value}) for cell in cells]
-        points.append({"setting": setting, "value": value, "seeds": list(seeds)} | {key: pooled([r["flags"][key] for r in rows]).to_dict() for key in rows[0]["flags"]})
+        points.append({"setting": setting, "value": value, "seeds": list(seeds)} | _rates(rows))
     return points
 
 
@@ -466,7 +475,7 @@ def summarise_grid(rows: list[dict]) -> list[dict]:
     for (attack, defense, learning_rate, epochs), of in groups.items():
         about = {"attack": attack, "defense": defense, "learning_rate": learning_rate, "epochs": epochs, "has_task": of[0]["has_task"]}
         cost = {k: [r[k] for r in of if r.get(k)] for k in ("step_seconds", "train_seconds")}
-        rates = {key: pooled([r["flags"][key] for r in of]).to_dict() for key in of[0]["flags"]}
+        rates = _rates(of)
         medians = {k: round(float(np.median(v)), 3) if v else None for k, v in cost.items()}
         cells.append(about | {"seeds": [r["seed"] for r in of]} | rates | medians | {"peak_memory_mb": max(r["peak_memory_mb"] for r in of)})
     return cells

@@ -19,7 +19,7 @@ DEFENSE_STYLE = ARM_STYLE | {
     "star-dss": ("#A50026", "p", "STAR-DSS"),
 }
 """Colour, marker and name: no two defences share a marker."""
-NAMES = {"asr": "harmful prompts answered", "asr_strongreject": "StrongREJECT answered", "over_refusal": "everyday prompts refused", "utility": "task accuracy",
+NAMES = {"asr": "harmful prompts answered", "asr_strongreject": "StrongREJECT answered", "over_refusal": "everyday prompts refused", "utility": "task accuracy", "utility_balanced": "task accuracy, answers balanced",
          "step_seconds": "seconds a step", "train_seconds": "seconds of training"}  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def plot_pareto(cells: list[dict], x: str, y: str = "asr", *, title: str, ax: Ax
 def cost(cell: dict, key: str) -> float:
     """A figure as one to be kept low: a rate's mean or a time; task accuracy, of which more is better, with a minus."""
     value = cell[key]["mean"] if isinstance(cell[key], dict) else cell[key]
-    return -value if key == "utility" else value
+    return -value if key.startswith("utility") else value
 
 
 def _span(value) -> tuple[float, float, float]:

@@ -131,10 +131,16 @@ def _of_attack(start: dict, tuned: list[dict]) -> Iterator[str]:
     if learned["lo"] <= 0:
         yield f"Plain fine-tuning itself is not shown to have learned the task ({percent(plain['utility'])}), so what the others cost there cannot be said."
         return
-    worse = [f"{c['defense']} ({100 * (c['utility']['mean'] - plain['utility']['mean']):+.0f} points)" for c in others if difference(plain["utility"], c["utility"])["hi"] < 0]
-    yield f"Worse at the task than plain fine-tuning ({percent(plain['utility'])}): {_listed(worse)}." if worse else "None is shown to be worse at the task than plain fine-tuning."
+    yield _worse("the task", "utility", plain, others)
+    if all("utility_balanced" in c for c in tuned):
+        yield _worse("the task with answers balanced", "utility_balanced", plain, others)
     front = pareto_front([(cost(c, "utility"), cost(c, "asr")) for c in tuned])
     yield f"By their means, no other is better at both than {_listed([tuned[i]['defense'] for i in front])}."
+
+
+def _worse(at: str, key: str, plain: dict, others: list[dict]) -> str:
+    worse = [f"{c['defense']} ({100 * (c[key]['mean'] - plain[key]['mean']):+.0f} points)" for c in others if difference(plain[key], c[key])["hi"] < 0]
+    return f"Worse at {at} than plain fine-tuning ({percent(plain[key])}): {_listed(worse)}." if worse else f"None is shown to be worse at {at} than plain fine-tuning."
 
 
 def _listed(names: list[str]) -> str:

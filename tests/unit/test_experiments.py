@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from safelab import experiments
 from safelab.critics import PatternCritic
+from safelab.datasets import load_task
 from safelab.defenses import SFT, AdaptiveJudge, ConstantKL
 from safelab.experiments import Budget, Suite, _weights_hash, fingerprint, peak_memory, pooled, run_cell, summarise, with_time_left
 from safelab.models import SAFE
@@ -47,6 +50,25 @@ def test_a_finished_row_is_read_not_run(no_model):
     first = cell(SFT())
     again = cell(SFT())
     assert len(no_model) == 1 and again.pop("cached") and again == first
+
+
+def test_a_leaning_to_one_answer_is_taken_out(monkeypatch):
+    """A model that ranks every headline rightly and says "sarcastic" to nearly all of them."""
+    labels = np.array(load_task("eval", 40)["label"])
+    preference = torch.tensor(np.where(labels, 9.0, np.arange(40) / 20))
+    monkeypatch.setattr("safelab.evaluation.answer_scores", lambda *a, **k: torch.stack([torch.zeros(40), preference - 0.1], -1))
+    monkeypatch.setattr("safelab.evaluation.generate", lambda model, tokenizer, prompts, **k: ["No."] * len(prompts))
+    flags = Suite(harmful=2, strongreject=2, benign=2, task=40).measure(None, None)
+    assert 0.5 <= np.mean(flags["utility"]) < 0.6
+    assert flags["utility_balanced"] == [1] * 40
+
+
+def test_rows_from_before_a_measure_are_pooled_without_it(no_model):
+    old, new = cell(SFT()), cell(SFT(), seed=1)
+    new["flags"] = new["flags"] | {"utility_balanced": [1, 0]}
+    assert summarise("sft", [new])["utility_balanced"]["mean"] == 0.5
+    for rows in ([old, new], [new, old]):
+        assert "utility_balanced" not in summarise("sft", rows) and summarise("sft", rows)["utility"]["mean"] == 1
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"defense": ConstantKL(0.5)}, {"data": DATA.select([0])}, {"force": True}])

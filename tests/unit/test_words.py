@@ -67,6 +67,14 @@ def test_rises_and_losses_are_said_where_they_are_shown():
     assert said.endswith("no other is better at both than adaptive-probe.")
 
 
+def test_the_task_with_answers_balanced_is_spoken_of_where_all_have_it():
+    cells = [cell("a", "initial", 3), cell("a", "sft", 90, 70), cell("a", "adaptive-probe", 4, 50)]
+    balanced = [c | {"utility_balanced": of(value)} for c, value in zip(cells, (50, 72, 71))]
+    (said,) = conclusions(balanced)
+    assert "Worse at the task than plain fine-tuning (70 % [60, 78], n=100): adaptive-probe (-20 points). None is shown to be worse at the task with answers balanced" in said
+    assert "balanced" not in conclusions([*balanced[:2], cells[2]])[0]
+
+
 def test_nothing_is_said_that_the_numbers_do_not_hold():
     (said,) = conclusions([cell("a", "initial", 3), cell("a", "sft", 6, 55), cell("a", "adaptive-probe", 3, 30)])
     assert "No defence is shown to answer more. No rise is shown for sft and adaptive-probe" in said
