@@ -27,6 +27,9 @@ def test_another_figure_or_another_kind_of_output_is_noticed(tmp_path):
     many = [f"{i}: 50 % [40, 60]" for i in range(20)]
     nbformat.write(notebook(*many, executed={}), path)
     assert figures(notebook("0.91 [0.88, 0.93] and -0.1 [-0.2, 0]")) == [[(0.91, 0.88, 0.93), (-0.1, -0.2, 0.0)]]
+    tagged = notebook("50 % [40, 60]")
+    tagged.cells[0].metadata["tags"] = ["quick-trains-less"]
+    assert figures(tagged) == [[]]
     check_like_kept(path, notebook(*many[1:], "70 % [59, 80]"))
     check_like_kept(path, notebook(*many[1:], "90 % [80, 99]"))
     with pytest.raises(AssertionError, match=r"50.0 \[40.0, 60.0\] is kept, now 90.0 \[80.0, 99.0\]"):
