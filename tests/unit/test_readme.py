@@ -93,3 +93,12 @@ def test_proof_table_is_the_notebooks():
     disguises = {r["disguise"]: r["recall"]["mean"] for r in json.loads((ROOT / "figures" / "probe_disguises.json").read_text(encoding="utf-8"))["rows"]}
     assert f"flags {100 * disguises['role-play']:.0f} % of the harmful prompts that it flags at {100 * disguises['as it is']:.0f} % as they are" in README
     assert f"<!-- proof -->\n{proof_table()}\n<!-- end proof -->" in README
+
+
+def test_every_notebook_has_its_row_and_its_picture():
+    rows = [line for line in README.splitlines() if line.startswith("| [0")]
+    names = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    assert len(rows) == len(names)
+    for name, row in zip(names, rows):
+        assert f"[{name}](notebooks/{name}.ipynb)" in row and re.search(rf'<img src="notebooks/pictures/{name}\.png" width="160" alt="\w[^"]+">', row)
+        assert (ROOT / "notebooks" / "pictures" / f"{name}.png").is_file()
