@@ -205,6 +205,8 @@ def plot_runs(runs):
     for (key, title), ax in zip(SIGNALS.items(), axes):
         plot_history(histories, key, ylabel="", ax=ax, smooth=key != "asr")
         ax.set_title(title, fontsize=10, loc="left")
+        if key not in ("nll", "kl"):  # shares
+            ax.set_ylim(-0.03, 1.03)
         if ax.get_legend():
             ax.get_legend().remove()
         lines |= {label: line for line, label in zip(*ax.get_legend_handles_labels())}

@@ -17,6 +17,7 @@ def test_a_wrapped_attack_against_a_token_level_defence():
         "asr_strongreject_plain": QUICK_SUITE.strongreject,
         "over_refusal": QUICK_SUITE.benign,
         "utility": QUICK_SUITE.task,
+        "utility_balanced": QUICK_SUITE.task,
     }
     assert [h["step"] for h in row["history"]] == [1, 2] and all(math.isfinite(h["nll"]) for h in row["history"])
     assert tidy(row)["step_seconds"] > 0 and row["peak_memory_mb"] > 500

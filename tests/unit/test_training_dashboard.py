@@ -252,3 +252,4 @@ def test_two_runs_are_on_one_plot(work):
     assert [t.get_text() for t in legend.get_legend().get_texts()] == ["one", "other"] and not legend.axison
     assert [len(ax.lines) for ax in axes] == [4, 2, 4, 4, 0]  # plain SFT has no KL, and nobody measured the ASR
     assert len({line.get_linestyle() for line in axes[0].lines[1::2]}) == 2
+    assert all(ax.get_ylim() == (-0.03, 1.03) for ax in axes[2:]), "shares, on the scale of shares"
