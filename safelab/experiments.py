@@ -253,7 +253,7 @@ DEMO_ARMS = ("initial", "sft", "constant-kl", "adaptive-probe")
 DEMO_EXAMPLES = 720
 QUICK_DEMO_EXAMPLES = 160
 """Enough for plain fine-tuning to lose its refusals; too few for the task to be learned."""
-QUICK_DEMO_SUITE = Suite(harmful=30, strongreject=15, benign=30, task=120)
+QUICK_DEMO_SUITE = Suite(harmful=24, strongreject=12, benign=24, task=100)
 DEMO_BETA = 0.7
 """The fixed beta of the constant-kl arm: the best of five in benchmarks/constant_kl_sweep.json."""
 
