@@ -251,7 +251,7 @@ def kept_data(file: Path, make: Callable[[], Dataset]) -> Dataset:
 
 DEMO_ARMS = ("initial", "sft", "constant-kl", "adaptive-probe")
 DEMO_EXAMPLES = 720
-QUICK_DEMO_EXAMPLES = 160
+QUICK_DEMO_EXAMPLES = 128
 """Enough for plain fine-tuning to lose its refusals; too few for the task to be learned."""
 QUICK_DEMO_SUITE = Suite(harmful=24, strongreject=12, benign=24, task=100)
 DEMO_BETA = 0.7
