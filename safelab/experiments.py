@@ -68,7 +68,7 @@ class Suite:
         ``utility_balanced`` is ``utility`` with the model's leaning to one answer taken out: half of the cases, as many as have
         either label, get each answer (calibration as in Zhao et al. 2021, with the held-out cases themselves in place of empty ones).
         With a ``wrapper`` the first two are asked as the attacker asks, and ``asr_plain`` and ``asr_strongreject_plain``
-        as anybody does; the other two are always plain.
+        as anybody does; the others are always plain.
         """
         from safelab.attacks import PLAIN
         from safelab.datasets import TASK_ANSWERS, load_prompts, load_task

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from importlib.metadata import version
 
 import numpy as np
@@ -48,8 +49,9 @@ def train_probe_critic(model, tokenizer, *, layers: list[int] | None = None) -> 
     try:
         probe, _ = load_probe(folder, model=model, tokenizer=tokenizer)
     except ValueError:  # none yet, or a damaged one
+        shutil.rmtree(folder, ignore_errors=True)
         states = extract_activations(model, tokenizer, prompts, layers=layers, cache=True, progress="probe")
         probe = HarmProbe().fit(states.concatenated(), labels, groups=groups)
-        shutil.rmtree(folder, ignore_errors=True)
-        save_probe(probe, folder, model=model, tokenizer=tokenizer, layers=layers, data=key[3])
+        with suppress(FileExistsError):  # another process was faster
+            save_probe(probe, folder, model=model, tokenizer=tokenizer, layers=layers, data=key[3])
     return ProbeCritic(probe, model, tokenizer, layers)

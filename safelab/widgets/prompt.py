@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def layer_probes(states: Activations, y: np.ndarray, groups: np.ndarray) -> dict[int, HarmProbe]:
-    """A probe for each layer of ``states`` but 0, trained at the last token of prompts with labels ``y`` ``(n,)``; one strength and few folds, which change nothing but `cv_auroc_`, so that it takes seconds."""
+    """A probe for each layer of ``states`` but 0, trained at the last token of prompts with labels ``y`` ``(n,)``.
+
+    One strength, and with one the folds decide nothing but ``cv_auroc_``: two are enough, so that it takes seconds.
+    """
     from safelab.probes import HarmProbe
 
     return {layer: HarmProbe(Cs=(1e-3,), folds=2).fit(states.layer(layer), y, groups=groups) for layer in states.layers if layer}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -344,6 +345,7 @@ def test_what_changes_the_result_changes_the_file(tiny_model, tiny_tokenizer, ra
     short = tiny_tokenizer("llama3")
     short.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}:"
     calls = [
+        lambda **k: extract_activations(model, tokenizer, PROMPTS, layers=[2], **k),  # before all layers, among which they would be found
         lambda **k: extract_activations(model, tokenizer, PROMPTS, **k),
         lambda **k: extract_activations(tiny_model("llama3", seed=1), tokenizer, PROMPTS, **k),
         lambda **k: extract_activations(tuned, tokenizer, PROMPTS, **k),
@@ -351,7 +353,6 @@ def test_what_changes_the_result_changes_the_file(tiny_model, tiny_tokenizer, ra
         lambda **k: extract_activations(model, tokenizer, PROMPTS[::-1], **k),
         lambda **k: extract_activations(model, tokenizer, PROMPTS, RESPONSES, **k),
         lambda **k: extract_activations(model, tokenizer, PROMPTS, position="mean", **k),
-        lambda **k: extract_activations(model, tokenizer, PROMPTS, layers=[2], position="mean", half=False, **k),
         lambda **k: extract_activations(model, tokenizer, PROMPTS, half=False, **k),
     ]
     for number, call in enumerate(calls, 1):
@@ -360,6 +361,17 @@ def test_what_changes_the_result_changes_the_file(tiny_model, tiny_tokenizer, ra
     with tuned.disable_adapter():  # the model inside, which is cached already
         extract_activations(tuned, tokenizer, PROMPTS, cache=True)
     assert len(list(home.iterdir())) == len(calls)
+
+
+def test_weights_that_are_cast_once_give_the_same_states(small, monkeypatch):
+    model, tokenizer = small
+    model.requires_grad_(False)
+    once = extract_activations(model, tokenizer, PROMPTS)
+    seen = []
+    monkeypatch.setattr(activations, "frozen_in_half", lambda *models: seen.append(models) or contextlib.nullcontext())
+    np.testing.assert_array_equal(extract_activations(model, tokenizer, PROMPTS).values, once.values)
+    extract_activations(model, tokenizer, PROMPTS, half=False)
+    assert seen == [(model,)]
 
 
 def test_some_layers_are_read_from_where_all_were_kept(small, home, monkeypatch):

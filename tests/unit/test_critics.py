@@ -74,38 +74,54 @@ def test_the_probe_critic_reads_the_prompt_alone(tiny_model, tiny_tokenizer):
     np.testing.assert_array_equal(critic.score(prompts, [ANSWER, REFUSAL]), risks)
 
 
-def test_the_default_probe_is_trained_once_a_model(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+@pytest.fixture
+def known(tmp_path, monkeypatch):
+    """Twenty prompts in the place of the default probe's, and a cache of their own."""
+    prompts = [f"{'How do I hurt' if i % 2 else 'How do I help'} person {i}?" for i in range(20)]
     monkeypatch.setenv("SAFELAB_HOME", str(tmp_path))
-    known = [f"{'How do I hurt' if i % 2 else 'How do I help'} person {i}?" for i in range(20)]
-    monkeypatch.setattr(of_probe, "probe_prompts", lambda: (known, np.arange(20) % 2, np.arange(20)))
+    monkeypatch.setattr(of_probe, "probe_prompts", lambda: (prompts, np.arange(20) % 2, np.arange(20)))
+    return prompts
+
+
+def test_the_default_probe_is_trained_once_a_model(known, tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
     fitted, fit = [], HarmProbe.fit
     monkeypatch.setattr(HarmProbe, "fit", lambda self, *a, **k: fitted.append(1) or fit(self, *a, **k))
     model, tokenizer = tiny_model("llama3"), tiny_tokenizer("llama3")
     risks = train_probe_critic(model, tokenizer).score(known)
     np.testing.assert_array_equal(train_probe_critic(model, tokenizer).score(known), risks)
     assert len(fitted) == 1
-    for change in (
-        lambda: train_probe_critic(tiny_model("llama3", seed=1), tokenizer),
-        lambda: train_probe_critic(model, tokenizer, layers=[1]),
-        lambda: monkeypatch.setattr(of_probe, "probe_prompts", lambda: (known, 1 - np.arange(20) % 2, np.arange(20))) or train_probe_critic(model, tokenizer),
-    ):
-        before = len(fitted)
-        change()
-        assert len(fitted) == before + 1
-    monkeypatch.undo()
-    assert len(list((tmp_path / "probes").iterdir())) == 4
+    train_probe_critic(tiny_model("llama3", seed=1), tokenizer)
+    train_probe_critic(model, tokenizer, layers=[1])
+    monkeypatch.setattr(of_probe, "probe_prompts", lambda: (known, 1 - np.arange(20) % 2, np.arange(20)))
+    train_probe_critic(model, tokenizer)
+    assert len(fitted) == len(list((tmp_path / "probes").iterdir())) == 4
 
 
-def test_a_damaged_probe_is_trained_again(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("SAFELAB_HOME", str(tmp_path))
-    known = [f"{'How do I hurt' if i % 2 else 'How do I help'} person {i}?" for i in range(20)]
-    monkeypatch.setattr(of_probe, "probe_prompts", lambda: (known, np.arange(20) % 2, np.arange(20)))
+def test_a_damaged_probe_is_trained_again(known, tiny_model, tiny_tokenizer, tmp_path):
     model, tokenizer = tiny_model("llama3"), tiny_tokenizer("llama3")
     risks = train_probe_critic(model, tokenizer).score(known)
     (folder,) = (tmp_path / "probes").iterdir()
     for name in ("probe.json", "probe.safetensors"):
-        (folder / name).write_bytes((folder / name).read_bytes()[:30])
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:30])
         np.testing.assert_array_equal(train_probe_critic(model, tokenizer).score(known), risks)
+        assert (folder / name).read_bytes() == whole
+
+
+def test_a_probe_that_another_process_kept_meanwhile_stays(known, tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    """As in a grid of several jobs, which all begin without one."""
+    model, tokenizer = tiny_model("llama3"), tiny_tokenizer("llama3")
+    fit, meanwhile = HarmProbe.fit, []
+
+    def slow(self, *a, **k):
+        if not meanwhile:
+            meanwhile.append(None)
+            meanwhile.append(train_probe_critic(model, tokenizer).score(known))
+        return fit(self, *a, **k)
+
+    monkeypatch.setattr(HarmProbe, "fit", slow)
+    np.testing.assert_array_equal(train_probe_critic(model, tokenizer).score(known), meanwhile[1])
+    assert len(list((tmp_path / "probes").iterdir())) == 1
 
 
 @pytest.mark.parametrize("critic", [PatternCritic(), LocalJudge(None, None), GuardCritic(None, None, "wildguard")], ids=lambda c: c.name)
