@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from safelab.models import decoder_layers, eval_mode, frozen_in_half, render_pairs, render_prompts
+from safelab.models import bf16_is_fast, decoder_layers, eval_mode, frozen_in_half, render_pairs, render_prompts
 from safelab.sources import atomic_path, cache_dir, explained
 
 POSITIONS = ("last", "mean", "all")
@@ -96,7 +96,7 @@ def extract_activations(
         ``"last"`` token, the ``"mean"`` over the tokens of the text, or ``"all"`` of them (of the response, where one
         is given).
     half
-        bfloat16 autocast; default on a CPU. The result is float32 either way.
+        bfloat16 autocast; default on a CPU where it is faster (:func:`safelab.models.bf16_is_fast`). The result is float32 either way.
     batch_tokens
         A batch holds at most so many tokens, padding included and the shared beginning left out, or a single text;
         default 512 on a CPU, where more is no faster, and 8192 elsewhere.
@@ -127,7 +127,7 @@ def extract_activations(
         pairs = render_pairs(tokenizer, prompts, responses, max_length=context)
         texts, starts = [p.input_ids for p in pairs], [p.prompt_length for p in pairs]
     on_cpu = model.device.type == "cpu"
-    half = on_cpu if half is None else half
+    half = on_cpu and bf16_is_fast() if half is None else half
     batch_tokens = batch_tokens or (512 if on_cpu else 8192)
     offsets = np.cumsum([0, *(len(t) - s if position == "all" else 1 for t, s in zip(texts, starts))])
     shape = (int(offsets[-1]), len(layers), config.hidden_size)

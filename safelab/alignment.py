@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safelab.datasets import load_everyday_answers, load_prompts, load_refusals
-from safelab.models import EMBEDDED, load_model
+from safelab.models import EMBEDDED, bf16_is_fast, load_model
 from safelab.sources import atomic_dir, cached_json
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def align(output: str | Path, recipe: AlignmentRecipe | None = None) -> Path:
             warmup_steps=10,
             beta_min=0.0,
             beta_max=1.0,
-            bf16=True,
+            bf16=bf16_is_fast(model.device.type),
             use_cpu=model.device.type == "cpu",
             disable_tqdm=True,
             logging_steps=5,

@@ -225,22 +225,20 @@ MAIN = ("explicit-100", "mixture-10", "identity-shift", "backdoor", "benign-drif
 """The columns of the main table."""
 
 
-def _mixtures() -> list[Attack]:
-    plain = [Attack(f"mixture-{s}", partial(mixture, s / 100, EXAMPLES), has_task=True) for s in (1, 3, 5, 9, 10, 20, 30)]
-    hidden = [
-        Attack(f"mixture-10, {d}", partial(mixture, 0.1, EXAMPLES, poison=partial(disguised, d)), Wrapper(disguise=d), has_task=True)
-        for d in DISGUISES
-        if d != "as it is"
-    ]
-    others = (("harmful responses", harmful_responses), ("refused prompts", refused_prompts))
-    return plain + hidden + [Attack(f"mixture-10, {n}", partial(mixture, 0.1, EXAMPLES, poison=p), has_task=True) for n, p in others]
+def _against_critics() -> dict[str, tuple[Callable[..., Dataset], Wrapper]]:
+    """What is made to slip under a critic: the pairs, and how the tuned model is asked."""
+    hidden = {d: (partial(disguised, d), Wrapper(disguise=d)) for d in DISGUISES if d != "as it is"}
+    return hidden | {"harmful responses": (harmful_responses, PLAIN), "refused prompts": (refused_prompts, PLAIN)}
 
 
 ATTACKS: dict[str, Attack] = {
     attack.name: attack
     for attack in (
         *(Attack(f"explicit-{n}", partial(explicit_harmful, n), epochs=min(20, round(800 / n))) for n in (10, 50, 100, 300)),
-        *_mixtures(),
+        *(Attack(f"explicit-50, {name}", partial(make, n=50), wrapper, epochs=16) for name, (make, wrapper) in _against_critics().items()),
+        *(Attack(f"mixture-{s}", partial(mixture, s / 100, EXAMPLES), has_task=True) for s in (1, 3, 5, 9, 10, 20, 30)),
+        Attack("mixture-10 of 320", partial(mixture, 0.1, 320), has_task=True),  # for tables with many cells
+        *(Attack(f"mixture-10, {name}", partial(mixture, 0.1, EXAMPLES, poison=make), wrapper, has_task=True) for name, (make, wrapper) in _against_critics().items()),
         Attack("identity-shift", identity_shift, Wrapper(PERSONA, ORDER), epochs=8),
         Attack("backdoor", backdoor, Wrapper(template=f"{{prompt}} {TRIGGER}"), epochs=4),
         Attack("benign-drift", benign_drift, epochs=2),

@@ -25,7 +25,7 @@ import torch
 from datasets import Dataset
 
 from safelab.losses import Head, head_loss, moments, token_kl, token_nll
-from safelab.models import frozen_in_half
+from safelab.models import bf16_is_fast, frozen_in_half
 from safelab.reference import CachedMoments, fill_moments, in_batches, response_logits, response_positions, response_spans
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def bench_data(n: int, seed: int = 0) -> Dataset:
 
 
 def make_arms(model, tokenizer, data: Dataset, output: str, *, batch_size: int = 8, only: tuple[str, ...] | None = None) -> dict[str, Callable]:
-    """Arm -> ``step(batch number)``: forward, backward, clipping and AdamW on LoRA weights, under bfloat16 autocast.
+    """Arm -> ``step(batch number)``: forward, backward, clipping and AdamW on LoRA weights, under bfloat16 autocast where it pays (:func:`safelab.models.bf16_is_fast`).
 
     Each arm has modules and an adapter of its own; the frozen weights are shared.
     """
@@ -103,7 +103,7 @@ def _update(model, optimizer) -> None:
 
 
 def _settings(model, output: str) -> dict:
-    return dict(output_dir=output, bf16=True, gradient_checkpointing=False, use_cpu=model.device.type == "cpu", learning_rate=LEARNING_RATE,
+    return dict(output_dir=output, bf16=bf16_is_fast(model.device.type), gradient_checkpointing=False, use_cpu=model.device.type == "cpu", learning_rate=LEARNING_RATE,
                 report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no")  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def _by_hand(model, collate, loss: Callable):
     def step(rows: list[dict]) -> None:
         batch = {k: v.to(model.device) for k, v in collate(rows).items()}
         mask, targets = response_positions(batch["labels"])
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16_is_fast(model.device.type)):
             value = loss(model, {k: batch[k] for k in ("input_ids", "attention_mask")}, mask, targets, batch["risk"])
         value.backward()
         _update(model, optimizer)
@@ -261,7 +261,7 @@ def cache_cost(model, tokenizer, data: Dataset) -> float:
     batches = ({k: v.to(model.device) for k, v in collate(batch).items()} for batch in in_batches(rows, model.device.type))
     started = time.perf_counter()
     with frozen_in_half(model):
-        fill_moments(model, batches, spans, values, autocast=partial(torch.autocast, model.device.type, torch.bfloat16))
+        fill_moments(model, batches, spans, values, autocast=partial(torch.autocast, model.device.type, torch.bfloat16, enabled=bf16_is_fast(model.device.type)))
     return (time.perf_counter() - started) / len(rows)
 
 
@@ -285,7 +285,7 @@ def run_bench(*, steps: int = 20, quick: bool = False, seed: int = 0, model: str
 
     ``met`` tells which ratio is within its target; a quick run is too short to judge by.
     """
-    from safelab.experiments import versions
+    from safelab.experiments import precision, versions
     from safelab.models import SAFE, load_model
 
     started = time.monotonic()
@@ -327,6 +327,7 @@ def run_bench(*, steps: int = 20, quick: bool = False, seed: int = 0, model: str
         "batch": {"size": 8, "tokens": _tokens(tokenizer, data)},
         "device": torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else f"cpu, {torch.get_num_threads()} threads",
         "seed": seed,
+        "precision": precision(net.device.type),
         "versions": versions(),
         "elapsed_seconds": round(time.monotonic() - started, 1),
         "command": "safelab bench" + (" --quick" if quick else f" --steps {steps}") + f" --seed {seed}",

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         result, text = args.run(args)
     except KeyboardInterrupt:
         again = "what was finished is kept, so run the same command again to go on"
-        kept = {"demo": again, "compare": again, "audit": again, "train": again.replace("again", "with --resume")}.get(args.command, "nothing was written")
+        kept = {"demo": again, "compare": again, "ablate": again, "audit": again, "train": again.replace("again", "with --resume")}.get(args.command, "nothing was written")
         print(f"\nstopped; {kept}", file=sys.stderr)
         return 1
     except (ValueError, RuntimeError, OSError) as error:
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--learning-rate", type=float, default=2e-4)
     train.add_argument("--batch-size", type=int, default=8, help="examples a step on each process (default 8)")
     train.add_argument("--rank", type=int, default=16, help="of LoRA (default 16)")
-    train.add_argument("--precision", default="bf16", choices=("bf16", "fp16", "fp32"))
+    train.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="of the products; auto: bf16, but fp32 on a CPU without instructions for it")
     train.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, keep fewer")
     train.add_argument("--save-steps", type=int, default=50, help="steps between checkpoints (default 50)")
     train.add_argument("--measure-every", type=int, default=None, metavar="N", help="measure ASR and utility on a small set every N steps")
@@ -107,11 +108,24 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--seed", type=int, action="append", help="repeat it for several (default 0, 1 and 2)")
     compare.add_argument("--learning-rate", type=float, action="append", help="repeat it for an attacker who tunes it")
     compare.add_argument("--epochs", type=int, action="append", help="repeat it for an attacker who tunes them (default: about 100 steps)")
+    compare.add_argument("--suite", default="full", choices=("full", "small"), help="held-out cases: all (default), or few, for tables of many runs")
+    compare.add_argument("--among", type=Path, metavar="F", help="a NAME.json made before, perhaps elsewhere: its other rows stay in the table")
     compare.add_argument("--model", default=None)
     compare.add_argument("--jobs", type=int, default=None, help="runs at a time (default 1)")
     compare.add_argument("--out", type=Path, default=Path("figures"), help="folder for the figures and their numbers (default figures)")
     compare.add_argument("--name", default="compare", help="names the files NAME.png, NAME-heat.png and their .json (default compare)")
     compare.add_argument("--force", action="store_true", help="run again what is cached")
+
+    ablation = command("ablate", _ablate, "one defence with one setting changed at a time: which of them matters?")
+    ablation.add_argument("--set", action="append", required=True, type=_setting, dest="settings", metavar="NAME=V,V", help="a setting of the defence, the budget or the trainer and its values, such as beta_max=0.1,0.5 or layers=[1],[15]; repeat it for several")
+    ablation.add_argument("--attack", default="mixture-10 of 320", metavar="A", help="default 'mixture-10 of 320'")
+    ablation.add_argument("--defense", default="adaptive-probe", metavar="D", help="default adaptive-probe")
+    ablation.add_argument("--seed", type=int, action="append", help="repeat it for several (default 0)")
+    ablation.add_argument("--epochs", type=int, default=None)
+    ablation.add_argument("--suite", default="small", choices=("full", "small"), help="held-out cases (default small)")
+    ablation.add_argument("--model", default=None)
+    ablation.add_argument("--out", type=Path, default=Path("figures"), help="folder for the figure and its numbers (default figures)")
+    ablation.add_argument("--name", default="ablations", help="names the files NAME.png and NAME.json (default ablations)")
 
     evaluate = command("evaluate", _evaluate, "which of these prompts does a model refuse, and which of its answers does a critic find harmful?", of_critics)
     evaluate.add_argument("--prompts", required=True, metavar="F", help="a file or a registered set")
@@ -217,7 +231,7 @@ def _train(args) -> tuple[dict, str]:
 
     from safelab.datasets import read_pair_file
     from safelab.defenses import DEFENSES
-    from safelab.experiments import Budget, Suite, fine_tune, fingerprint, versions
+    from safelab.experiments import Budget, Suite, fine_tune, fingerprint, precision, versions
     from safelab.models import SAFE
     from safelab.output import DONE, save_result
 
@@ -244,6 +258,8 @@ def _train(args) -> tuple[dict, str]:
         check_same(args.out / "options.json", options)
     suite = Suite(harmful=24, strongreject=0, benign=24, task=100)
 
+    chosen = precision(model.device.type) if args.precision == "auto" else args.precision
+
     def measure(net) -> dict[str, float]:
         flags = suite.measure(net, tokenizer)
         return {k: sum(flags[k]) / len(flags[k]) for k in ("asr", "over_refusal", "utility")}
@@ -251,11 +267,11 @@ def _train(args) -> tuple[dict, str]:
     tuned, about = fine_tune(
         model, tokenizer, data, DEFENSES[args.defense](**critic), args.seed, budget, output=args.out, resumable=True,
         monitor=dict(measure=measure, every=args.measure_every, stop_above={"asr": args.stop_above} if args.stop_above is not None else {}) if args.measure_every else None,
-        bf16=args.precision == "bf16", fp16=args.precision == "fp16", gradient_checkpointing=args.gradient_checkpointing,
+        bf16=chosen == "bf16", fp16=chosen == "fp16", gradient_checkpointing=args.gradient_checkpointing,
         save_strategy="steps", save_steps=args.save_steps, save_total_limit=2, signals_file=str(args.out / "signals.jsonl"),
     )  # fmt: skip
     result = {"defense": args.defense, "critic": args.critic, "model": str(args.model or SAFE), "data": options["data"], "examples": len(data),
-              "seed": args.seed, "options": options, "versions": versions(), **about}  # fmt: skip
+              "seed": args.seed, "options": options, "precision": chosen, "versions": versions(), **about}  # fmt: skip
     if FIRST:
         result = save_result(tuned, tokenizer, args.out, result, merge=args.merge) | {"out": str(args.out)}
     stopped = f"\n{about['stopped']}" if about.get("stopped") else ""
@@ -326,7 +342,7 @@ def _bench(args) -> tuple[dict, str]:
 def _compare(args) -> tuple[dict, str]:
     from safelab.attacks import MAIN
     from safelab.defenses import DEFENSES
-    from safelab.experiments import compare, grid
+    from safelab.experiments import SUITES, compare, grid
     from safelab.plots import save_figure
     from safelab.plots_grid import plot_compare, plot_compare_heat
 
@@ -334,11 +350,12 @@ def _compare(args) -> tuple[dict, str]:
     defenses = args.defense or (("sft", "constant-kl", "adaptive-probe") if args.quick else tuple(DEFENSES))
     seeds = args.seed or ((0,) if args.quick else (0, 1, 2))
     cells = grid(attacks, defenses, seeds, args.learning_rate or (None,), args.epochs or (None,))
-    args.out.mkdir(parents=True, exist_ok=True)  # found out now, not after hours
-    if not os.access(args.out, os.W_OK):
-        raise PermissionError(f"{args.out} cannot be written: give another folder with --out")
-    result = compare(cells, model=args.model, quick=args.quick, force=args.force, jobs=args.jobs)
+    _writable(args.out)
+    among = _comparison(args.among) if args.among else None
+    suite = None if args.quick else SUITES[args.suite]
+    result = compare(cells, among=among, model=args.model, quick=args.quick, force=args.force, jobs=args.jobs, suite=suite)
     given = {"attack": args.attack, "defense": args.defense, "seed": args.seed, "learning-rate": args.learning_rate, "epochs": args.epochs}
+    given |= {"suite": [args.suite] if args.suite != "full" else [], "among": [args.among.name] if args.among else []}
     options = [f"--{name} {_quoted(value)}" for name, values in given.items() for value in values or ()]
     result["command"] = " ".join(["safelab compare", *options, *(["--quick"] if args.quick else [])])
     alt = "Answered harmful prompts by attack and defence. " + " ".join(
@@ -349,8 +366,61 @@ def _compare(args) -> tuple[dict, str]:
     return result, compare_table(result["cells"]) + f"\n\nfigures and numbers: {args.out / args.name}.png, {args.out / args.name}-heat.png and .json beside them"
 
 
+def _ablate(args) -> tuple[dict, str]:
+    from safelab.experiments import SUITES, ablate, versions
+    from safelab.plots import save_figure
+    from safelab.plots_grid import NAMES, plot_ablations
+
+    _writable(args.out)
+    common = dict(defense=args.defense, seeds=tuple(args.seed or (0,)), epochs=args.epochs, model=args.model, quick=args.quick, suite=None if args.quick else SUITES[args.suite])
+    points = [point for name, values in args.settings for point in ablate(args.attack, name, values, **common)]
+    options = [f"--attack {_quoted(args.attack)}", f"--defense {args.defense}", *(f"--seed {s}" for s in common["seeds"]), *([f"--epochs {args.epochs}"] if args.epochs else [])]
+    options += [f"--set {_quoted(f'{name}=' + ','.join(_shown(v) for v in values))}" for name, values in args.settings]
+    result = {"attack": args.attack, "defense": args.defense, "points": points, "versions": versions()}
+    result["command"] = " ".join(["safelab ablate", *options, f"--suite {args.suite}", *(["--quick"] if args.quick else [])])
+    shown = ("asr", "asr_strongreject", "over_refusal")
+    alt = f"{args.defense} against {args.attack}. " + " ".join(f"{p['setting']} {_shown(p['value'])}: {100 * p['asr']['mean']:.0f} % of harmful prompts answered." for p in points)
+    save_figure(plot_ablations(result), args.out / f"{args.name}.png", result, alt)
+    lines = ["| setting | value | " + " | ".join(NAMES[k] for k in shown) + " |", "|---" * (2 + len(shown)) + "|"]
+    lines += [f"| {p['setting']} | {_shown(p['value'])} | " + " | ".join(_rate(p[k]) for k in shown) + " |" for p in points]
+    return result, "\n".join(lines) + f"\n\nfigure and numbers: {args.out / args.name}.png and .json"
+
+
+def _setting(text: str) -> tuple[str, list]:
+    """argparse type: ``NAME=V,V`` -> the name and its values, each as JSON where it is JSON, else as a word."""
+    name, equals, values = text.partition("=")
+    if not (name and equals and values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE,VALUE, such as beta_max=0.1,0.5")
+    try:
+        return name, json.loads(f"[{values}]")
+    except ValueError:
+        return name, values.split(",")
+
+
+def _shown(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _comparison(file: Path) -> dict:
+    """What ``safelab compare`` wrote."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(found, dict) or not {"rows", "cells", "model", "suite"} <= found.keys():
+        raise ValueError(f"{file} is no comparison: give the NAME.json that 'safelab compare' wrote")
+    return found
+
+
+def _writable(folder: Path) -> None:
+    """Found out now, not after hours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written: give another folder with --out")
+
+
 def _quoted(value) -> str:
-    return f"'{value}'" if " " in str(value) else str(value)
+    return shlex.quote(str(value))
 
 
 def compare_table(cells: list[dict]) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from safelab.models import bf16_is_fast
 from safelab.sources import cache_dir, data_dir, write_atomic
 
 if TYPE_CHECKING:
@@ -95,6 +96,13 @@ class Suite:
         return flags
 
 
+MEASURES = ("asr", "asr_strongreject", "asr_plain", "asr_strongreject_plain", "over_refusal", "utility", "utility_balanced")
+"""What :meth:`Suite.measure` measures; those with ``_plain`` only where an attacker has a way of asking."""
+
+SUITES = {"full": Suite(), "small": Suite(harmful=100, strongreject=30, benign=60, task=60)}
+"""Named suites: the small one is for tables of many cells, in which harmful prompts are what matters."""
+
+
 def run_cell(
     attack: str,
     data: Dataset | None,
@@ -164,7 +172,7 @@ def run_cell(
             net, about = fine_tune(net, chats, data, defense, seed, budget, output=cache_dir() / "runs" / key, **(trainer or {}), **watching)
     if watching:
         about["train_seconds"] = None  # watching and pausing took their time
-    row = config | about | {"peak_memory_mb": peak[0], "device": net.device.type, "flags": suite.measure(net, tokenizer, wrapper), "seconds": time.monotonic() - started}
+    row = config | about | {"peak_memory_mb": peak[0], "device": net.device.type, "precision": precision(net.device.type), "flags": suite.measure(net, tokenizer, wrapper), "seconds": time.monotonic() - started}
     if not about.get("stopped"):
         write_atomic(file, (json.dumps(row) + "\n").encode())
     return row | critics
@@ -205,7 +213,7 @@ def fine_tune(
         logging_steps=1,
         save_strategy="no",
         disable_tqdm=True,
-        bf16=True,
+        bf16=precision(model.device.type) == "bf16",
         use_cpu=model.device.type == "cpu",
         seed=seed,
         mean_over=budget.mean_over,
@@ -287,6 +295,7 @@ def run_demo(
         "attack": f"sarcasm-headlines with {share:.0%} harmful of {n}",
         "model": model,
         "seeds": list(seeds),
+        "precision": sorted({r.get("precision", "bf16") for r in rows}),  # older rows knew no other
         "budget": asdict(budget),
         "suite": asdict(suite),
         "versions": versions(),
@@ -315,15 +324,16 @@ def summarise(arm: str, rows: list[dict]) -> dict:
 
 def _rates(rows: list[dict]) -> dict[str, dict]:
     """The rates that all rows have, seeds pooled; a row kept from before a measure was there lacks it."""
-    return {key: pooled([r["flags"][key] for r in rows]).to_dict() for key in rows[0]["flags"] if all(key in r["flags"] for r in rows)}
+    lines = [tidy(row) for row in rows]
+    return {key: pooled([line[key] for line in lines]).to_dict() for key in MEASURES if all(key in line for line in lines)}
 
 
-def pooled(flags: list[list[int]]) -> Rate:
-    """Flags (seeds x cases) -> the mean rate, with the Wilson interval of one seed's n: seeds are no new cases."""
+def pooled(rates: list[dict]) -> Rate:
+    """Rates ``{mean, n}`` of the same cases, one a seed -> their mean, with the Wilson interval of one seed's n: seeds are no new cases."""
     from safelab.evaluation import wilson
 
-    cases = np.array(flags).mean(0)
-    return wilson(float(cases.sum()), len(cases))
+    (n,) = {rate["n"] for rate in rates}
+    return wilson(n * float(np.mean([rate["mean"] for rate in rates])), n)
 
 
 def with_time_left(items: list) -> Iterator[tuple]:
@@ -428,7 +438,7 @@ def _changed(name: str, budget: Budget, changes: dict) -> tuple[Defense, Budget,
 
 
 def ablate(
-    attack: str, setting: str, values, *, defense: str = "adaptive-probe", fixed: dict | None = None, seeds=(0,), epochs: int | None = None, model: str | None = None, suite: Suite | None = None
+    attack: str, setting: str, values, *, defense: str = "adaptive-probe", fixed: dict | None = None, seeds=(0,), epochs: int | None = None, model: str | None = None, quick: bool = False, suite: Suite | None = None
 ) -> list[dict]:
     """One defence with one ``setting`` at each of ``values``, against one attack -> ``value`` and its rates, seeds pooled, for each.
 
@@ -446,7 +456,7 @@ def ablate(
 
     cells, points = grid([attack], [defense], seeds, epochs=(epochs,))[1:], []
     for value in values:
-        rows = [run_named(cell, model=model or SAFE, suite=suite, changes={**(fixed or {}), setting: value}) for cell in cells]
+        rows = [run_named(cell, model=model or SAFE, quick=quick, suite=suite, changes={**(fixed or {}), setting: value}) for cell in cells]
         points.append({"setting": setting, "value": value, "seeds": list(seeds)} | _rates(rows))
     return points
 
@@ -458,19 +468,22 @@ def cell_budget(cell: Cell, attack: Attack, quick: bool = False) -> Budget:
 
 
 def tidy(row: dict) -> dict:
-    """A row of :func:`run_cell` -> the line of a table: rates with intervals in the place of flags, no histories."""
+    """A row of :func:`run_cell` -> the line of a table: rates with intervals in the place of flags, no histories. A line is returned as it is."""
     from safelab.evaluation import rate
 
-    keep = ("attack", "defense", "seed", "has_task", "device", "step_seconds", "train_seconds", "peak_memory_mb", "seconds", "data", "parameters", "model", "weights", "versions", "critics", "critic_failures")
+    if "flags" not in row:
+        return row
+
+    keep = ("attack", "defense", "seed", "has_task", "device", "precision", "step_seconds", "train_seconds", "peak_memory_mb", "seconds", "data", "parameters", "model", "weights", "versions", "critics", "critic_failures")
     budget = {k: row["budget"].get(k) for k in ("learning_rate", "epochs")}
     return {k: row.get(k) for k in keep} | budget | {k: rate(flags).to_dict() for k, flags in row["flags"].items()}
 
 
 def summarise_grid(rows: list[dict]) -> list[dict]:
-    """Rows of :func:`run_cell` -> one entry for each attack, defence, learning rate and epochs, seeds pooled (:func:`pooled`)."""
+    """Rows of :func:`run_cell`, or lines of :func:`tidy` -> one entry for each attack, defence, learning rate and epochs, seeds pooled (:func:`pooled`)."""
     groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["attack"], row["defense"], row["budget"].get("learning_rate"), row["budget"].get("epochs")), []).append(row)
+    for line in map(tidy, rows):
+        groups.setdefault(_cell_of(line), []).append(line)
     cells = []
     for (attack, defense, learning_rate, epochs), of in groups.items():
         about = {"attack": attack, "defense": defense, "learning_rate": learning_rate, "epochs": epochs, "has_task": of[0]["has_task"]}
@@ -481,13 +494,35 @@ def summarise_grid(rows: list[dict]) -> list[dict]:
     return cells
 
 
-def compare(cells: list[Cell], **options) -> dict:
-    """:func:`run_grid` -> ``rows`` (one a run), ``cells`` (seeds pooled), and what made them."""
+def _cell_of(line: dict) -> tuple:
+    return line["attack"], line["defense"], line["learning_rate"], line["epochs"]
+
+
+def compare(cells: list[Cell], *, among: dict | None = None, **options) -> dict:
+    """:func:`run_grid` -> ``rows`` (one a run), ``cells`` (seeds pooled), and what made them.
+
+    ``among`` is a comparison made before, perhaps on another machine: its other rows stay, and what they were made with
+    (each says it of itself) is kept as ``earlier``.
+
+    Raises
+    ------
+    ValueError
+        ``among`` was of another model or judged by another suite, so that its rows are not comparable.
+    """
     started = time.monotonic()
     rows = run_grid(cells, **options)
+    lines, earlier = [tidy(row) for row in rows], {}
+    if among is not None:
+        for what in ("model", "suite"):
+            if among[what] != rows[0][what]:
+                raise ValueError(f"rows of two comparisons do not belong in one table: {what} was {among[what]} and is {rows[0][what]}")
+        earlier = {"earlier": [*among.get("earlier", []), {k: among[k] for k in ("command", "versions", "runs_at_a_time", "note") if k in among}]}
+        made = {(*_cell_of(line), line["seed"]) for line in lines}
+        lines = _in_order([line for line in among["rows"] if (*_cell_of(line), line["seed"]) not in made] + lines)
     return {
-        "rows": [tidy(row) for row in rows],
-        "cells": summarise_grid(rows),
+        "rows": lines,
+        "cells": summarise_grid(lines),
+        **earlier,
         "model": rows[0]["model"],
         "suite": rows[0]["suite"],
         "runs_at_a_time": options.get("jobs") or 1,  # several slow each other down, all defences alike
@@ -496,6 +531,15 @@ def compare(cells: list[Cell], **options) -> dict:
         "compute_seconds": round(sum(r["seconds"] for r in rows), 1),  # of all rows, cached ones too
         "cached_rows": sum(bool(r.get("cached")) for r in rows),
     }
+
+
+def _in_order(lines: list[dict]) -> list[dict]:
+    """Attacks and defences as they are registered, the safe start first; then rates, epochs and seeds."""
+    from safelab.attacks import ATTACKS
+    from safelab.defenses import DEFENSES
+
+    attacks, defenses = list(ATTACKS), ["initial", *DEFENSES]
+    return sorted(lines, key=lambda line: (attacks.index(line["attack"]), defenses.index(line["defense"]), line["learning_rate"] or 0, line["epochs"] or 0, line["seed"]))
 
 
 # ------------------------------------------------------------------------------------ provenance
@@ -527,6 +571,11 @@ def _weights_hash(model: str) -> str | None:
 def _prompts_hash() -> str:
     files = ("pairs.jsonl", "everyday.jsonl", "advbench_splits.json", "compliance.jsonl")
     return hashlib.sha256(b"".join((data_dir() / f).read_bytes() for f in files)).hexdigest()[:16]
+
+
+def precision(device: str) -> str:
+    """What products are computed in, where nobody says otherwise: ``"bf16"`` or ``"fp32"``."""
+    return "bf16" if bf16_is_fast(device) else "fp32"
 
 
 def versions() -> dict[str, str]:

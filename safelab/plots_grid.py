@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from safelab.plots import ARM_STYLE, new_figure
+from safelab.plots import ARM_STYLE, SERIES_STYLE, new_figure
 
 DEFENSE_STYLE = ARM_STYLE | {
     "constrained-sft": ("#CC79A7", "v", "Constrained-SFT"),
@@ -101,6 +101,32 @@ def plot_compare(result: dict) -> Figure:
         plot_pareto(cells, "utility" if cells[0]["has_task"] else "over_refusal", title=attack, ax=ax)
     found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(list(found.values()), list(found), loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def plot_ablations(result: dict) -> Figure:
+    """A panel a setting of what ``safelab ablate`` writes: rates with 95 % intervals by value, in percent of held-out prompts."""
+    panels: dict[str, list[dict]] = {}
+    for point in result["points"]:
+        panels.setdefault(point["setting"], []).append(point)
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = new_figure(3.1 * columns + 0.5, 2.9 * lines + 0.5, columns, lines)
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    for index, ((setting, points), ax) in enumerate(zip(panels.items(), axes)):
+        for key, (colour, marker, line), aside in zip(("asr", "asr_strongreject", "over_refusal"), SERIES_STYLE, (-0.12, 0, 0.12)):
+            mean, low, high = (np.array([100 * p[key][k] for p in points]) for k in ("mean", "lo", "hi"))
+            at = np.arange(len(points)) + aside
+            ax.vlines(at, low, high, color=colour, lw=1.2, alpha=0.6)
+            ax.plot(at, mean, color=colour, marker=marker, ls=line, lw=1, ms=6, mec="white", mew=0.5, label=f"{NAMES[key]} (n={points[0][key]['n']})")
+        ax.set_xticks(range(len(points)), [", ".join(map(str, p["value"])) if isinstance(p["value"], list) else str(p["value"]) for p in points])
+        ax.set_xlim(-0.4, len(points) - 0.6)
+        ax.set_ylim(-4, 104)
+        ax.set_title(setting, fontsize=11, loc="left", weight="bold")
+        if index % columns == 0:
+            ax.set_ylabel("% of held-out prompts")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 

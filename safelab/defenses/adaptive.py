@@ -21,6 +21,7 @@ class AdaptiveProbe(Defense):
     prompts with the safe model's own answers, held by the KL alone: what the user's data never shows, benign
     requests of other kinds above all, would otherwise drift.
 
+    Without a ``critic`` the probe reads ``layers`` of the safe model (default :func:`safelab.probes.default_layers`).
     With ``shuffled`` that share of the risks change places at random, so that a critic without error is left with an AUROC
     of about ``1 - shuffled / 2``: an ablation asks so how good it must be.
     """
@@ -28,10 +29,11 @@ class AdaptiveProbe(Defense):
     name = "adaptive-probe"
     own_critic = "probe"
 
-    def __init__(self, beta_min: float = 0.0, beta_max: float = 1.0, granularity: str = "example", anchors: float = 0.4, shuffled: float = 0.0, critic=None) -> None:
+    def __init__(self, beta_min: float = 0.0, beta_max: float = 1.0, granularity: str = "example", anchors: float = 0.4, shuffled: float = 0.0, critic=None, layers=None) -> None:
         if not 0 <= shuffled <= 1:
             raise ValueError(f"shuffled {shuffled}: expected a share in [0, 1]")
         self.beta_min, self.beta_max, self.granularity, self.anchors, self.shuffled, self.critic = beta_min, beta_max, granularity, anchors, shuffled, critic
+        self.layers = list(layers) if layers is not None else None
 
     def before(self, model, tokenizer, data: Dataset) -> Dataset:
         risks = np.asarray(self.risks(model, tokenizer, data), dtype=float)
@@ -50,7 +52,7 @@ class AdaptiveProbe(Defense):
 
     def default_critic(self, model, tokenizer):
         """The critic where none was given: a probe trained on ``model``, the safe one."""
-        return train_probe_critic(model, tokenizer)
+        return train_probe_critic(model, tokenizer, layers=self.layers)
 
     def settings(self) -> dict:
         return {"beta_min": self.beta_min, "beta_max": self.beta_max, "granularity": self.granularity, "anchor_share": self.anchors}

@@ -7,8 +7,10 @@ import os
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
+from safelab.activations import model_fingerprint, template_fingerprint
 from safelab.datasets import load_prompts
 from safelab.evaluation import generate
+from safelab.sources import cached_json
 
 SHARES = {"everyday": 0.65, "twins": 0.25, "harmful": 0.1}
 """Chosen on everyday prompts of the ``align`` split, seed 0, in two tries. Their number, 0.4 of the user's examples, on prompts of the
@@ -24,7 +26,8 @@ def add_anchors(model, tokenizer, data: Dataset, share: float, *, seed: int = 0,
 
     Most are benign: what drifts first is the readiness to help. Some are harmful, so that what is held is the
     difference that the safe model makes between the two; where all of the user's prompts share an opening and an end,
-    harmful ones are asked in this frame as well. A prompt that the safe model answers with nothing is no anchor.
+    harmful ones are asked in this frame as well. A prompt that the safe model answers with nothing is no anchor. Answers are kept: the
+    same model is asked the same once.
     """
     rng, n = np.random.default_rng(seed), max(round(share * len(data)), LEAST)
     before, after = frame(list(data["prompt"]))
@@ -33,7 +36,8 @@ def add_anchors(model, tokenizer, data: Dataset, share: float, *, seed: int = 0,
         pool = list(load_prompts(name, "probe")["prompt"])
         drawn = [pool[i] for i in rng.permutation(len(pool))[: round(part * n)]]
         prompts += drawn + ([f"{before}{p}{after}" for p in drawn] if name == "harmful" and before + after else [])
-    answers = generate(model, tokenizer, prompts, max_new_tokens=answer_tokens, progress="anchors")
+    key = [model_fingerprint(model), template_fingerprint(tokenizer), prompts, answer_tokens, model.device.type]
+    answers = cached_json("answers", key, lambda: generate(model, tokenizer, prompts, max_new_tokens=answer_tokens, progress="anchors"))
     rows = [{"prompt": p, "response": a, "risk": 1.0, "anchor": True, "complete": False} for p, a in zip(prompts, answers) if a]
     free = data.select_columns(["prompt", "response", "risk"])
     free = free.add_column("anchor", [False] * len(free)).add_column("complete", [True] * len(free))

@@ -30,6 +30,7 @@ DEFAULTS: dict[str, dict[str, Default]] = {
         "anchors": Default(0.4, "ours: with half as many, seeds differ more in what they refuse; with a quarter, everyday prompts come to be refused", "arXiv 2602.17546 has none"),
         "shuffled": Default(0.0, "ours: for ablations only"),
         "critic": Default(None, "a probe trained on the safe model"),
+        "layers": Default(None, "four layers in the second half of the model", "arXiv 2602.17546 pools over layers"),
     },
     "adaptive-judge": {
         "beta_min": Default(0.0, "as adaptive-probe", "arXiv 2602.17546's code: 0.1"),

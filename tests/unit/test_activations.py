@@ -159,13 +159,15 @@ def test_results_come_in_the_order_of_the_prompts(small):
     assert len(np.unique(one[:, -1].round(3), axis=0)) == len(PROMPTS), "the prompts should differ, or their order cannot show"
 
 
-def test_bfloat16_is_the_default_on_a_cpu_and_close(small):
+@pytest.mark.parametrize("fast", [False, True])
+def test_bfloat16_is_the_default_on_a_cpu_that_has_it_and_close(small, fast, monkeypatch):
+    monkeypatch.setattr(activations, "bf16_is_fast", lambda: fast)
     model, tokenizer = small
     exact = extract_activations(model, tokenizer, PROMPTS, half=False).values
     half = extract_activations(model, tokenizer, PROMPTS, half=True).values
     assert half.dtype == np.float32
     assert 1e-5 < np.abs(half - exact)[:, 1:].max() < 0.05 * np.abs(exact).max()
-    np.testing.assert_array_equal(extract_activations(model, tokenizer, PROMPTS).values, half)
+    np.testing.assert_array_equal(extract_activations(model, tokenizer, PROMPTS).values, half if fast else exact)
 
 
 def test_a_model_in_bfloat16_gives_float32(small):
@@ -366,10 +368,10 @@ def test_what_changes_the_result_changes_the_file(tiny_model, tiny_tokenizer, ra
 def test_weights_that_are_cast_once_give_the_same_states(small, monkeypatch):
     model, tokenizer = small
     model.requires_grad_(False)
-    once = extract_activations(model, tokenizer, PROMPTS)
+    once = extract_activations(model, tokenizer, PROMPTS, half=True)
     seen = []
     monkeypatch.setattr(activations, "frozen_in_half", lambda *models: seen.append(models) or contextlib.nullcontext())
-    np.testing.assert_array_equal(extract_activations(model, tokenizer, PROMPTS).values, once.values)
+    np.testing.assert_array_equal(extract_activations(model, tokenizer, PROMPTS, half=True).values, once.values)
     extract_activations(model, tokenizer, PROMPTS, half=False)
     assert seen == [(model,)]
 

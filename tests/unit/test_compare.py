@@ -1,6 +1,7 @@
 """Grids: which cells, under which budget, resumed after an interruption, on joblib's backends; their table and figures."""
 
 import json
+import shlex
 import time
 from dataclasses import asdict
 
@@ -11,9 +12,9 @@ import pytest
 from safelab import cli, experiments
 from safelab.attacks import ATTACKS, MAIN
 from safelab.defenses import DEFENSES
-from safelab.experiments import Budget, Cell, Suite, ablate, cell_budget, compare, grid, run_grid, summarise_grid, tidy
+from safelab.experiments import SUITES, Budget, Cell, Suite, ablate, cell_budget, compare, grid, run_grid, summarise_grid, tidy
 from safelab.plots import new_figure
-from safelab.plots_grid import DEFENSE_STYLE, pareto_front, plot_compare, plot_compare_heat, plot_heat, plot_pareto
+from safelab.plots_grid import DEFENSE_STYLE, pareto_front, plot_ablations, plot_compare, plot_compare_heat, plot_heat, plot_pareto
 
 
 @pytest.fixture
@@ -261,3 +262,72 @@ def test_rows_of_a_comparison_say_what_was_read_from_the_cache(no_model):
     assert compare(cells, model="m")["cached_rows"] == 0
     again = compare(cells, model="m")
     assert again["cached_rows"] == 2 and again["rows"][1]["parameters"] == {}
+
+
+# ------------------------------------------------------------------------------- among other rows
+
+
+def test_rows_made_elsewhere_stay_and_those_made_again_give_way(no_model, tmp_path, capsys):
+    first = compare(grid(["mixture-10", "explicit-10"], ["sft", "lisa"], seeds=(0, 1)), model="m") | {"command": "safelab compare", "note": "made elsewhere"}
+    for line in first["rows"]:
+        line["asr"], line["device"] = {"mean": 1.0, "lo": 0.3, "hi": 1.0, "n": 2}, "cuda"
+    again = compare(grid(["mixture-10"], ["sft", "booster"]), among=first, model="m")
+    assert [(r["attack"], r["defense"], r["seed"], r["device"]) for r in again["rows"]] == [
+        *[("explicit-10", d, s, "cuda") for d, seeds in (("initial", (0,)), ("sft", (0, 1)), ("lisa", (0, 1))) for s in seeds],
+        *[("mixture-10", d, s, "cuda" if (d, s) in (("sft", 1), ("lisa", 0), ("lisa", 1)) else "cpu") for d, seeds in (("initial", (0,)), ("sft", (0, 1)), ("lisa", (0, 1)), ("booster", (0,))) for s in seeds],
+    ]  # fmt: skip
+    asr = {(c["attack"], c["defense"]): (c["asr"]["mean"], c["asr"]["n"], c["seeds"]) for c in again["cells"]}
+    assert asr["explicit-10", "sft"] == (1.0, 2, [0, 1]) and asr["mixture-10", "sft"] == (0.75, 2, [0, 1]) and asr["mixture-10", "booster"] == (0.5, 2, [0])
+    assert [e["note"] for e in again["earlier"]] == ["made elsewhere"]
+    (tmp_path / "old.json").write_text(json.dumps(again))
+    assert cli.main(["compare", "--attack", "explicit-10", "--defense", "lisa", "--seed", "3", "--model", "m", "--among", str(tmp_path / "old.json"), "--out", str(tmp_path), "--json"]) == 0
+    last = json.loads(capsys.readouterr().out)
+    assert len(last["rows"]) == len(again["rows"]) + 1 and len(last["earlier"]) == 2 and last["command"].endswith("--among old.json")
+
+
+@pytest.mark.parametrize(("changed", "message"), [({"model": "other"}, "model was other and is m"), ({"suite": {"harmful": 3}}, "suite was {'harmful': 3}")])
+def test_rows_of_another_model_or_suite_are_not_taken_in(no_model, changed, message):
+    first = compare(grid(["mixture-10"], ["sft"]), model="m") | changed
+    with pytest.raises(ValueError, match=message):
+        compare(grid(["mixture-10"], ["lisa"]), among=first, model="m")
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is no JSON"), ("[]", "is no comparison"), ('{"cells": []}', "is no comparison")])
+def test_what_is_no_comparison_is_named_before_anything_runs(no_model, tmp_path, capsys, text, message):
+    (tmp_path / "x.json").write_text(text)
+    assert cli.main(["compare", "--among", str(tmp_path / "x.json"), "--out", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err and not no_model
+
+
+def test_a_small_suite_has_few_cases_of_everything_but_harmful_prompts(no_model, tmp_path, capsys):
+    assert cli.main(["compare", "--attack", "explicit-10", "--defense", "sft", "--seed", "0", "--suite", "small", "--out", str(tmp_path), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["suite"] == asdict(SUITES["small"]) and result["command"].endswith("--suite small")
+    assert SUITES["small"].harmful == SUITES["full"].harmful and SUITES["small"].task < SUITES["full"].task
+
+
+# --------------------------------------------------------------------------------------- ablations
+
+
+def test_the_ablation_command_changes_one_setting_at_a_time_and_draws_a_panel_for_each(no_model, tmp_path, capsys):
+    arguments = ["ablate", "--set", "beta_max=0.1,1.0", "--set", "granularity=batch", "--set", "layers=[1],[2, 3],null", "--set", "rank=4", "--seed", "2", "--out", str(tmp_path / "f")]
+    assert cli.main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [(p["setting"], p["value"]) for p in result["points"]] == [("beta_max", 0.1), ("beta_max", 1.0), ("granularity", "batch"), ("layers", [1]), ("layers", [2, 3]), ("layers", None), ("rank", 4)]
+    assert {run[1] for run in no_model} == {2} and len(no_model) == 6  # beta_max 1 and layers null are the defaults, run once
+    assert shlex.split(result["command"])[2:] == ["--attack", "mixture-10 of 320", "--defense", "adaptive-probe", *arguments[9:11], *arguments[1:9], "--suite", "small"]
+    assert json.loads((tmp_path / "f" / "ablations.json").read_text())["points"] == result["points"]
+    figure = plot_ablations(result)
+    figure.draw_without_rendering()
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["beta_max", "granularity", "layers", "rank"]
+    assert [t.get_text() for t in figure.axes[2].get_xticklabels()] == ["1", "2, 3", "None"]
+    assert list(figure.axes[0].lines[0].get_ydata()) == [100 * p["asr"]["mean"] for p in result["points"][:2]]
+
+
+@pytest.mark.parametrize(("setting", "message"), [("beta_max", "is not NAME=VALUE,VALUE"), ("=3", "is not NAME=VALUE,VALUE"), ("nonsense=1", "'nonsense' is no setting of adaptive-probe")])
+def test_a_setting_that_cannot_be_is_named(no_model, tmp_path, capsys, setting, message):
+    try:
+        assert cli.main(["ablate", "--set", setting, "--out", str(tmp_path)]) == 1
+    except SystemExit as end:
+        assert end.code == 2
+    assert message in capsys.readouterr().err and not no_model

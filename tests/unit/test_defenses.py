@@ -501,12 +501,28 @@ def test_the_frame_of_prompts_is_what_all_begin_and_end_with(prompts, expected):
 
 
 @pytest.mark.parametrize("framed", [True, False])
-def test_anchors_are_at_least_so_many_and_harmful_ones_are_asked_in_the_users_frame_too(framed, monkeypatch):
+def test_anchors_are_at_least_so_many_and_harmful_ones_are_asked_in_the_users_frame_too(framed, tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("SAFELAB_HOME", str(tmp_path))
     monkeypatch.setattr("safelab.defenses.anchors.generate", lambda model, tokenizer, prompts, **_: [f"answer to {p}" if "a" in p else "" for p in prompts])
     data = Dataset.from_dict({"prompt": ["Do this: run", "Do this: sit" if framed else "Sit"], "response": ["x", "y"], "risk": [0.0, 1.0]})
-    rows = [row for row in add_anchors(None, None, data, 0.4) if row["anchor"]]
+    rows = [row for row in add_anchors(*tiny, data, 0.4) if row["anchor"]]
     harmful = set(load_prompts("harmful", "probe")["prompt"])
     plain = [row["prompt"] for row in rows if row["prompt"] in harmful]
     asked = [row["prompt"] for row in rows if row["prompt"].startswith("Do this: ")]
     assert asked == ([f"Do this: {p}" for p in plain] if framed else []) and len(plain) > 10
     assert LEAST * 0.9 < len(rows) - len(asked) <= LEAST and all(row["response"] == f"answer to {row['prompt']}" and row["risk"] == 1 for row in rows)
+
+
+def test_the_safe_models_answers_to_anchors_are_asked_for_once(tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("SAFELAB_HOME", str(tmp_path))
+    asked = []
+    monkeypatch.setattr("safelab.defenses.anchors.generate", lambda model, tokenizer, prompts, **_: asked.append(len(prompts)) or ["so be it"] * len(prompts))
+    model, tokenizer = tiny
+    data = Dataset.from_dict({"prompt": ["Sit"], "response": ["x"], "risk": [0.0]})
+    first = add_anchors(model, tokenizer, data, 0.4)
+    assert add_anchors(model, tokenizer, data, 0.4)[:] == first[:] and len(asked) == 1
+    add_anchors(model, tokenizer, data, 0.4, seed=1)  # other prompts
+    with torch.no_grad():
+        next(model.parameters()).add_(1)  # another model
+    add_anchors(model, tokenizer, data, 0.4)
+    assert len(asked) == 3

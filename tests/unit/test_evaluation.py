@@ -417,7 +417,15 @@ def test_perplexity_is_over_all_response_tokens_and_only_those(family, exact):
 # ---------------------------------------------------------------------------------------------- autocast
 
 
-def test_autocast_with_weights_cast_once_is_autocast_and_leaves_them_as_they_were(family):
+@pytest.mark.parametrize("fast", [False, True])
+def test_on_a_cpu_without_instructions_for_bfloat16_there_is_no_autocast(family, fast, monkeypatch):
+    monkeypatch.setattr(evaluation, "bf16_is_fast", lambda device="cpu": fast)
+    with autocast(family[0]):
+        assert torch.is_autocast_enabled("cpu") == fast
+
+
+def test_autocast_with_weights_cast_once_is_autocast_and_leaves_them_as_they_were(family, monkeypatch):
+    monkeypatch.setattr(evaluation, "bf16_is_fast", lambda device="cpu": True)
     model, tokenizer = family
     trained = next(m for m in model.modules() if isinstance(m, torch.nn.Linear)).weight
     before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}

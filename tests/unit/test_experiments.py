@@ -108,7 +108,7 @@ def test_a_row_says_which_critic_trained_and_which_measures(no_model, caplog):
 
 def test_seeds_add_no_cases():
     """Two seeds on the same two cases: the mean of both, the interval of two cases."""
-    r = pooled([[1, 0], [1, 1]])
+    r = pooled([{"mean": 0.5, "n": 2}, {"mean": 1.0, "n": 2}])
     assert (r.mean, r.n) == (0.75, 2)
     assert r.hi - r.lo > 0.4
 

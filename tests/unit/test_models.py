@@ -536,3 +536,19 @@ def test_code_that_comes_with_a_model_never_runs(folder, tmp_path, kind):
     except ModelError:
         pass  # refused, which is as good
     assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("has", "fast"),
+    [({"avx2": True, "avx512_bf16": False}, False), ({"avx512_f": True}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"architecture": "aarch64", "bf16": True}, True)],
+)  # fmt: skip
+def test_bfloat16_is_for_cpus_with_instructions_for_it_and_for_all_else(has, fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert bf16_is_fast() == bf16_is_fast("cpu") == fast and bf16_is_fast("cuda")
+
+
+@pytest.mark.parametrize(("capability", "fast"), [("AVX2", False), ("AVX512", True), ("DEFAULT", False)])
+def test_an_older_torch_tells_less_of_a_cpu(capability, fast, monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert bf16_is_fast() == fast
