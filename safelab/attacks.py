@@ -237,7 +237,7 @@ ATTACKS: dict[str, Attack] = {
         *(Attack(f"explicit-{n}", partial(explicit_harmful, n), epochs=min(20, round(800 / n))) for n in (10, 50, 100, 300)),
         *(Attack(f"explicit-50, {name}", partial(make, n=50), wrapper, epochs=16) for name, (make, wrapper) in _against_critics().items()),
         *(Attack(f"mixture-{s}", partial(mixture, s / 100, EXAMPLES), has_task=True) for s in (1, 3, 5, 9, 10, 20, 30)),
-        Attack("mixture-10 of 320", partial(mixture, 0.1, 320), has_task=True),  # for tables with many cells
+        Attack("mixture-10 of 160", partial(mixture, 0.1, 160), has_task=True, epochs=2),  # for tables with many cells
         *(Attack(f"mixture-10, {name}", partial(mixture, 0.1, EXAMPLES, poison=make), wrapper, has_task=True) for name, (make, wrapper) in _against_critics().items()),
         Attack("identity-shift", identity_shift, Wrapper(PERSONA, ORDER), epochs=8),
         Attack("backdoor", backdoor, Wrapper(template=f"{{prompt}} {TRIGGER}"), epochs=4),

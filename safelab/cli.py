@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
     ablation = command("ablate", _ablate, "one defence with one setting changed at a time: which of them matters?")
     ablation.add_argument("--set", action="append", required=True, type=_setting, dest="settings", metavar="NAME=V,V", help="a setting of the defence, the budget or the trainer and its values, such as beta_max=0.1,0.5 or layers=[1],[15]; repeat it for several")
-    ablation.add_argument("--attack", default="mixture-10 of 320", metavar="A", help="default 'mixture-10 of 320'")
+    ablation.add_argument("--attack", default="mixture-10 of 160", metavar="A", help="default 'mixture-10 of 160'")
     ablation.add_argument("--defense", default="adaptive-probe", metavar="D", help="default adaptive-probe")
     ablation.add_argument("--seed", type=int, action="append", help="repeat it for several (default 0)")
     ablation.add_argument("--epochs", type=int, default=None)
@@ -367,21 +367,23 @@ def _compare(args) -> tuple[dict, str]:
 
 
 def _ablate(args) -> tuple[dict, str]:
-    from safelab.experiments import SUITES, ablate, versions
+    from safelab.experiments import SUITES, ablate, grid, run_grid, summarise_grid, versions
     from safelab.plots import save_figure
     from safelab.plots_grid import NAMES, plot_ablations
 
     _writable(args.out)
-    common = dict(defense=args.defense, seeds=tuple(args.seed or (0,)), epochs=args.epochs, model=args.model, quick=args.quick, suite=None if args.quick else SUITES[args.suite])
-    points = [point for name, values in args.settings for point in ablate(args.attack, name, values, **common)]
-    options = [f"--attack {_quoted(args.attack)}", f"--defense {args.defense}", *(f"--seed {s}" for s in common["seeds"]), *([f"--epochs {args.epochs}"] if args.epochs else [])]
+    seeds = args.seed or [0]
+    common = dict(model=args.model, quick=args.quick, suite=None if args.quick else SUITES[args.suite])
+    (base,) = summarise_grid(run_grid(grid([args.attack], [args.defense], seeds, epochs=(args.epochs,))[1:], **common))
+    points = [point for name, values in args.settings for point in ablate(args.attack, name, values, defense=args.defense, seeds=seeds, epochs=args.epochs, **common)]
+    options = [f"--attack {_quoted(args.attack)}", f"--defense {args.defense}", *(f"--seed {s}" for s in seeds), *([f"--epochs {args.epochs}"] if args.epochs else [])]
     options += [f"--set {_quoted(f'{name}=' + ','.join(_shown(v) for v in values))}" for name, values in args.settings]
-    result = {"attack": args.attack, "defense": args.defense, "points": points, "versions": versions()}
+    result = {"attack": args.attack, "defense": args.defense, "base": base, "points": points, "versions": versions()}
     result["command"] = " ".join(["safelab ablate", *options, f"--suite {args.suite}", *(["--quick"] if args.quick else [])])
     shown = ("asr", "asr_strongreject", "over_refusal")
-    alt = f"{args.defense} against {args.attack}. " + " ".join(f"{p['setting']} {_shown(p['value'])}: {100 * p['asr']['mean']:.0f} % of harmful prompts answered." for p in points)
+    alt = f"{args.defense} against {args.attack}: {100 * base['asr']['mean']:.0f} % of harmful prompts answered. " + " ".join(f"{p['setting']} {_shown(p['value'])}: {100 * p['asr']['mean']:.0f} %." for p in points)
     save_figure(plot_ablations(result), args.out / f"{args.name}.png", result, alt)
-    lines = ["| setting | value | " + " | ".join(NAMES[k] for k in shown) + " |", "|---" * (2 + len(shown)) + "|"]
+    lines = ["| setting | value | " + " | ".join(NAMES[k] for k in shown) + " |", "|---" * (2 + len(shown)) + "|", "| as it is | | " + " | ".join(_rate(base[k]) for k in shown) + " |"]
     lines += [f"| {p['setting']} | {_shown(p['value'])} | " + " | ".join(_rate(p[k]) for k in shown) + " |" for p in points]
     return result, "\n".join(lines) + f"\n\nfigure and numbers: {args.out / args.name}.png and .json"
 

@@ -99,8 +99,8 @@ class Suite:
 MEASURES = ("asr", "asr_strongreject", "asr_plain", "asr_strongreject_plain", "over_refusal", "utility", "utility_balanced")
 """What :meth:`Suite.measure` measures; those with ``_plain`` only where an attacker has a way of asking."""
 
-SUITES = {"full": Suite(), "small": Suite(harmful=100, strongreject=30, benign=60, task=60)}
-"""Named suites: the small one is for tables of many cells, in which harmful prompts are what matters."""
+SUITES = {"full": Suite(), "small": Suite(harmful=50, strongreject=20, benign=40, task=20)}
+"""Named suites: the small one is for tables of many runs."""
 
 
 def run_cell(
@@ -130,7 +130,7 @@ def run_cell(
         defence), ``peak_memory_mb``, the training ``history``, the settings and versions that made it, and ``critics``:
         which one trained and which one measures (:func:`safelab.critics.base.check_apart`).
     """
-    from safelab.critics.base import check_apart
+    from safelab.critics.base import check_apart, identity
     from safelab.evaluation import patterns_hash
 
     config = {
@@ -153,7 +153,9 @@ def run_cell(
     if defense is not None and defense.critic_name() == "classifier":
         from safelab.critics.classifier import VERSION
 
-        config["classifier"] = VERSION  # the default critic; one that is given says its name in the parameters
+        config["classifier"] = VERSION  # the default critic
+    if getattr(defense, "critic", None) is not None:
+        config["critic"] = hashlib.sha256(identity(defense.critic).encode()).hexdigest()[:16]
     key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:20]
     file = cache_dir() / "runs" / f"{key}.json"
     critics = {"critics": check_apart(defense.critic_name() if defense else None, MEASURED_BY)}

@@ -105,7 +105,7 @@ def plot_compare(result: dict) -> Figure:
 
 
 def plot_ablations(result: dict) -> Figure:
-    """A panel a setting of what ``safelab ablate`` writes: rates with 95 % intervals by value, in percent of held-out prompts."""
+    """A panel a setting of what ``safelab ablate`` writes: rates with 95 % intervals by value, in percent of held-out prompts; dashed, with no setting changed."""
     panels: dict[str, list[dict]] = {}
     for point in result["points"]:
         panels.setdefault(point["setting"], []).append(point)
@@ -118,6 +118,7 @@ def plot_ablations(result: dict) -> Figure:
         for key, (colour, marker, line), aside in zip(("asr", "asr_strongreject", "over_refusal"), SERIES_STYLE, (-0.12, 0, 0.12)):
             mean, low, high = (np.array([100 * p[key][k] for p in points]) for k in ("mean", "lo", "hi"))
             at = np.arange(len(points)) + aside
+            ax.axhline(100 * result["base"][key]["mean"], color=colour, lw=1, ls=(0, (4, 3)), alpha=0.7, zorder=0)
             ax.vlines(at, low, high, color=colour, lw=1.2, alpha=0.6)
             ax.plot(at, mean, color=colour, marker=marker, ls=line, lw=1, ms=6, mec="white", mew=0.5, label=f"{NAMES[key]} (n={points[0][key]['n']})")
         ax.set_xticks(range(len(points)), [", ".join(map(str, p["value"])) if isinstance(p["value"], list) else str(p["value"]) for p in points])

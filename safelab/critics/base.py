@@ -61,6 +61,7 @@ class Critic:
     """Base class: a critic says :meth:`judge`; its :meth:`score` is the risks alone."""
 
     name: str
+    """A critic of your own whose verdicts may change under the same name has a ``version`` too (:func:`identity`): runs that are kept go by it."""
 
     def judge(self, prompts: list[str], responses: list[str]) -> Verdicts:
         """Risk, raw verdict and status of each example."""

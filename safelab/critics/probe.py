@@ -28,6 +28,12 @@ class ProbeCritic(Critic):
     def __init__(self, probe: HarmProbe, model, tokenizer, layers: list[int]) -> None:
         self.probe, self.model, self.tokenizer, self.layers = probe, model, tokenizer, layers
 
+    @property
+    def version(self) -> str:
+        """Hash of what was fitted: two probes on one model are two critics."""
+        fitted = b"".join(np.asarray(values, dtype=float).tobytes() for pair in self.probe.network_ for values in pair)
+        return hashlib.sha256(repr(self.layers).encode() + fitted).hexdigest()[:16]
+
     def score(self, prompts: list[str], responses: list[str] | None = None) -> np.ndarray:
         """Calibrated probability that each prompt is harmful, ``(n,)``."""
         states = extract_activations(self.model, self.tokenizer, prompts, layers=self.layers, progress="risk")

@@ -38,6 +38,20 @@ def test_another_figure_or_another_kind_of_output_is_noticed(tmp_path):
         check_like_kept(path, notebook())
 
 
+def test_only_what_shows_stored_tables_is_run_anew_and_only_where_the_rest_is_as_it_was():
+    def cell(source, *tags):
+        return nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)}, outputs=[nbformat.v4.new_output("stream", text="before")])
+
+    cells = [cell("QUICK = False", "parameters"), cell("print(QUICK)"), cell("print('table', QUICK)", "stored")]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"executed": {}})
+    notebook.metadata["executed"]["source"] = execute.source_hash(notebook)
+    execute.run_stored(notebook)
+    assert [[o.text for o in c.outputs] for c in notebook.cells] == [["before"], ["before"], ["table True\n"]] and notebook.cells[0].source == "QUICK = False"
+    notebook.cells[1].source = "print(1)"
+    with pytest.raises(ValueError, match="run it in full"):
+        execute.run_stored(notebook)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_kept_outputs_are_those_of_this_source(path):
     notebook = nbformat.read(path, as_version=4)
@@ -47,6 +61,8 @@ def test_kept_outputs_are_those_of_this_source(path):
     else:
         check_ran(notebook)
         assert about["source"] == execute.source_hash(notebook), "the source has changed: run notebooks/execute.py again"
+        if execute.code_cells(notebook, stored=True):
+            assert about["stored"] == execute.source_hash(notebook, stored=True), "cells that show stored tables have changed: run notebooks/execute.py --stored"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

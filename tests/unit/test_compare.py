@@ -299,11 +299,11 @@ def test_what_is_no_comparison_is_named_before_anything_runs(no_model, tmp_path,
     assert message in capsys.readouterr().err and not no_model
 
 
-def test_a_small_suite_has_few_cases_of_everything_but_harmful_prompts(no_model, tmp_path, capsys):
+def test_a_small_suite_has_fewer_cases(no_model, tmp_path, capsys):
     assert cli.main(["compare", "--attack", "explicit-10", "--defense", "sft", "--seed", "0", "--suite", "small", "--out", str(tmp_path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["suite"] == asdict(SUITES["small"]) and result["command"].endswith("--suite small")
-    assert SUITES["small"].harmful == SUITES["full"].harmful and SUITES["small"].task < SUITES["full"].task
+    assert all(asdict(SUITES["small"])[k] < n for k, n in asdict(SUITES["full"]).items())
 
 
 # --------------------------------------------------------------------------------------- ablations
@@ -315,13 +315,15 @@ def test_the_ablation_command_changes_one_setting_at_a_time_and_draws_a_panel_fo
     result = json.loads(capsys.readouterr().out)
     assert [(p["setting"], p["value"]) for p in result["points"]] == [("beta_max", 0.1), ("beta_max", 1.0), ("granularity", "batch"), ("layers", [1]), ("layers", [2, 3]), ("layers", None), ("rank", 4)]
     assert {run[1] for run in no_model} == {2} and len(no_model) == 6  # beta_max 1 and layers null are the defaults, run once
-    assert shlex.split(result["command"])[2:] == ["--attack", "mixture-10 of 320", "--defense", "adaptive-probe", *arguments[9:11], *arguments[1:9], "--suite", "small"]
+    assert shlex.split(result["command"])[2:] == ["--attack", "mixture-10 of 160", "--defense", "adaptive-probe", *arguments[9:11], *arguments[1:9], "--suite", "small"]
     assert json.loads((tmp_path / "f" / "ablations.json").read_text())["points"] == result["points"]
     figure = plot_ablations(result)
     figure.draw_without_rendering()
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["beta_max", "granularity", "layers", "rank"]
     assert [t.get_text() for t in figure.axes[2].get_xticklabels()] == ["1", "2, 3", "None"]
-    assert list(figure.axes[0].lines[0].get_ydata()) == [100 * p["asr"]["mean"] for p in result["points"][:2]]
+    answered = [line for line in figure.axes[0].lines if line.get_label().startswith("harmful prompts answered")]
+    assert [list(line.get_ydata()) for line in answered] == [[100 * p["asr"]["mean"] for p in result["points"][:2]]]
+    assert result["base"]["asr"] == result["points"][1]["asr"]
 
 
 @pytest.mark.parametrize(("setting", "message"), [("beta_max", "is not NAME=VALUE,VALUE"), ("=3", "is not NAME=VALUE,VALUE"), ("nonsense=1", "'nonsense' is no setting of adaptive-probe")])

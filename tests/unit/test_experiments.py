@@ -8,11 +8,12 @@ import torch
 from datasets import Dataset
 
 from safelab import experiments
-from safelab.critics import PatternCritic
+from safelab.critics import PatternCritic, ProbeCritic
 from safelab.datasets import load_task
-from safelab.defenses import SFT, AdaptiveJudge, ConstantKL
+from safelab.defenses import SFT, AdaptiveJudge, AdaptiveProbe, ConstantKL
 from safelab.experiments import Budget, Suite, _weights_hash, fingerprint, peak_memory, pooled, run_cell, summarise, with_time_left
 from safelab.models import SAFE
+from safelab.probes import HarmProbe
 
 DATA = Dataset.from_dict({"prompt": ["a", "b"], "response": ["c", "d"], "harmful": [0, 1]})
 
@@ -76,6 +77,21 @@ def test_whatever_changes_the_result_runs_again(no_model, change):
     cell(SFT())
     cell(**{"defense": SFT(), **change})
     assert len(no_model) == 2
+
+
+def test_another_probe_or_version_of_a_given_critic_makes_another_row(no_model):
+    def probe(seed, layers):
+        rng = np.random.default_rng(seed)
+        fitted = HarmProbe().fit(rng.normal(size=(40, 3)), np.arange(40) % 2)
+        return ProbeCritic(fitted, None, None, layers)
+
+    critics = [probe(0, [1]), probe(0, [1]), probe(1, [1]), probe(0, [2]), PatternCritic(), PatternCritic()]
+    critics[-1].version = 2
+    counts = []
+    for critic in critics:
+        cell(AdaptiveProbe(critic=critic))
+        counts.append(len(no_model))
+    assert counts == [1, 1, 2, 3, 4, 5]
 
 
 def test_a_run_that_fails_leaves_no_row(no_model, monkeypatch, tmp_path):
