@@ -367,14 +367,18 @@ def _compare(args) -> tuple[dict, str]:
 
 
 def _ablate(args) -> tuple[dict, str]:
-    from safelab.experiments import SUITES, ablate, grid, run_grid, summarise_grid, versions
+    from safelab.experiments import SUITES, Budget, ablate, changed, grid, run_grid, summarise_grid, versions
     from safelab.plots import save_figure
     from safelab.plots_grid import NAMES, plot_ablations
 
     _writable(args.out)
     seeds = args.seed or [0]
     common = dict(model=args.model, quick=args.quick, suite=None if args.quick else SUITES[args.suite])
-    (base,) = summarise_grid(run_grid(grid([args.attack], [args.defense], seeds, epochs=(args.epochs,))[1:], **common))
+    cells = grid([args.attack], [args.defense], seeds, epochs=(args.epochs,))[1:]
+    for name, values in args.settings:
+        for value in values:
+            changed(args.defense, Budget(), {name: value})  # what cannot be is found out now
+    (base,) = summarise_grid(run_grid(cells, **common))
     points = [point for name, values in args.settings for point in ablate(args.attack, name, values, defense=args.defense, seeds=seeds, epochs=args.epochs, **common)]
     options = [f"--attack {_quoted(args.attack)}", f"--defense {args.defense}", *(f"--seed {s}" for s in seeds), *([f"--epochs {args.epochs}"] if args.epochs else [])]
     options += [f"--set {_quoted(f'{name}=' + ','.join(_shown(v) for v in values))}" for name, values in args.settings]

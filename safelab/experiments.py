@@ -416,13 +416,13 @@ def run_named(cell: Cell, *, model: str, quick: bool = False, force: bool = Fals
         data = attack.data(cell.seed)
         if quick:
             data = data.select(range(min(QUICK_EXAMPLES, len(data))))
-        defense, budget, trainer = _changed(cell.defense, cell_budget(cell, attack, quick), changes or {})
+        defense, budget, trainer = changed(cell.defense, cell_budget(cell, attack, quick), changes or {})
         row = run_cell(attack.name, data, defense, cell.seed, budget=budget, trainer=trainer, **common)
     return row | {"attack": attack.name, "has_task": attack.has_task}
 
 
-def _changed(name: str, budget: Budget, changes: dict) -> tuple[Defense, Budget, dict]:
-    """The defence, the budget, and what else the trainer is told, with ``changes`` to whichever of them has a setting of that name."""
+def changed(name: str, budget: Budget, changes: dict) -> tuple[Defense, Budget, dict]:
+    """The defence, the budget, and what else the trainer is told, with ``changes`` to whichever of them has a setting of that name; ValueError if none has."""
     from inspect import signature
 
     from safelab.defenses import DEFENSES
@@ -434,7 +434,7 @@ def _changed(name: str, budget: Budget, changes: dict) -> tuple[Defense, Budget,
         known = {"defense": signature(kind).parameters, "budget": asdict(budget), "trainer": AdaptiveSFTConfig.__dataclass_fields__}
         place = next((place for place, names in known.items() if setting in names), None)
         if place is None:
-            raise TypeError(f"{setting!r} is no setting of {name}, of a budget or of the trainer; {name} has {', '.join(known['defense']) or 'none'}")
+            raise ValueError(f"{setting!r} is no setting of {name}, of a budget or of the trainer; {name} has {', '.join(known['defense']) or 'none'}")
         places[place][setting] = value
     return kind(**places["defense"]), replace(budget, **places["budget"]), places["trainer"]
 
@@ -450,9 +450,7 @@ def ablate(
     Raises
     ------
     ValueError
-        An attack or a defence that is not registered.
-    TypeError
-        A setting that none of them has.
+        An attack or a defence that is not registered, or a setting that none of the three has.
     """
     from safelab.models import SAFE
 
@@ -492,7 +490,7 @@ def summarise_grid(rows: list[dict]) -> list[dict]:
         cost = {k: [r[k] for r in of if r.get(k)] for k in ("step_seconds", "train_seconds")}
         rates = _rates(of)
         medians = {k: round(float(np.median(v)), 3) if v else None for k, v in cost.items()}
-        cells.append(about | {"seeds": [r["seed"] for r in of]} | rates | medians | {"peak_memory_mb": max(r["peak_memory_mb"] for r in of)})
+        cells.append(about | {"seeds": [r["seed"] for r in of]} | rates | medians | {"peak_memory_mb": min(r["peak_memory_mb"] for r in of)})  # as in summarise
     return cells
 
 
@@ -511,13 +509,16 @@ def compare(cells: list[Cell], *, among: dict | None = None, **options) -> dict:
     ValueError
         ``among`` was of another model or judged by another suite, so that its rows are not comparable.
     """
-    started = time.monotonic()
+    from safelab.models import SAFE
+
+    started, earlier = time.monotonic(), {}
+    now = {"model": options.get("model") or SAFE, "suite": asdict(options.get("suite") or (QUICK_SUITE if options.get("quick") else Suite()))}
+    for what in now if among is not None else ():  # before hours are spent
+        if among[what] != now[what]:
+            raise ValueError(f"rows of two comparisons do not belong in one table: {what} was {among[what]} and is {now[what]}")
     rows = run_grid(cells, **options)
-    lines, earlier = [tidy(row) for row in rows], {}
+    lines = [tidy(row) for row in rows]
     if among is not None:
-        for what in ("model", "suite"):
-            if among[what] != rows[0][what]:
-                raise ValueError(f"rows of two comparisons do not belong in one table: {what} was {among[what]} and is {rows[0][what]}")
         earlier = {"earlier": [*among.get("earlier", []), {k: among[k] for k in ("command", "versions", "runs_at_a_time", "note") if k in among}]}
         made = {(*_cell_of(line), line["seed"]) for line in lines}
         lines = _in_order([line for line in among["rows"] if (*_cell_of(line), line["seed"]) not in made] + lines)
@@ -525,8 +526,7 @@ def compare(cells: list[Cell], *, among: dict | None = None, **options) -> dict:
         "rows": lines,
         "cells": summarise_grid(lines),
         **earlier,
-        "model": rows[0]["model"],
-        "suite": rows[0]["suite"],
+        **now,
         "runs_at_a_time": options.get("jobs") or 1,  # several slow each other down, all defences alike
         "versions": versions(),
         "elapsed_seconds": round(time.monotonic() - started, 1),
@@ -540,8 +540,8 @@ def _in_order(lines: list[dict]) -> list[dict]:
     from safelab.attacks import ATTACKS
     from safelab.defenses import DEFENSES
 
-    attacks, defenses = list(ATTACKS), ["initial", *DEFENSES]
-    return sorted(lines, key=lambda line: (attacks.index(line["attack"]), defenses.index(line["defense"]), line["learning_rate"] or 0, line["epochs"] or 0, line["seed"]))
+    place = {name: i for names in (ATTACKS, ("initial", *DEFENSES)) for i, name in enumerate(names)}
+    return sorted(lines, key=lambda line: (place.get(line["attack"], len(place)), place.get(line["defense"], len(place)), line["learning_rate"] or 0, line["epochs"] or 0, line["seed"]))
 
 
 # ------------------------------------------------------------------------------------ provenance

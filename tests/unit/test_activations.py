@@ -13,7 +13,7 @@ from conftest import FAMILIES
 
 from safelab import activations
 from safelab.activations import Activations, extract_activations, model_fingerprint, template_fingerprint
-from safelab.models import decoder_layers, render_pairs, render_prompts
+from safelab.models import bf16_is_fast, decoder_layers, render_pairs, render_prompts
 from safelab.sources import SourceError
 
 # From one token to several hundred, not sorted: batches pad a lot, and Gemma's window of 16 tokens is exceeded.
@@ -355,7 +355,7 @@ def test_what_changes_the_result_changes_the_file(tiny_model, tiny_tokenizer, ra
         lambda **k: extract_activations(model, tokenizer, PROMPTS[::-1], **k),
         lambda **k: extract_activations(model, tokenizer, PROMPTS, RESPONSES, **k),
         lambda **k: extract_activations(model, tokenizer, PROMPTS, position="mean", **k),
-        lambda **k: extract_activations(model, tokenizer, PROMPTS, half=False, **k),
+        lambda **k: extract_activations(model, tokenizer, PROMPTS, half=not bf16_is_fast(), **k),
     ]
     for number, call in enumerate(calls, 1):
         np.testing.assert_array_equal(call(cache=True).values, call().values)

@@ -111,7 +111,7 @@ def test_an_ablation_changes_one_setting_and_shares_rows_with_the_grid(no_model)
     assert len(no_model) == 2 and {run[3].epochs for run in no_model} == {2}
     ablate("identity-shift", "beta_max", (0.5,), seeds=(0, 1), epochs=1, model="m")
     assert [run[4] for run in no_model[2:]] == [ATTACKS["identity-shift"].wrapper.system] * 2
-    with pytest.raises(TypeError, match="'nonsense' is no setting of adaptive-probe.*beta_max"):
+    with pytest.raises(ValueError, match="'nonsense' is no setting of adaptive-probe.*beta_max"):
         ablate("explicit-50", "nonsense", (1,), model="m")
 
 
@@ -288,8 +288,10 @@ def test_rows_made_elsewhere_stay_and_those_made_again_give_way(no_model, tmp_pa
 @pytest.mark.parametrize(("changed", "message"), [({"model": "other"}, "model was other and is m"), ({"suite": {"harmful": 3}}, "suite was {'harmful': 3}")])
 def test_rows_of_another_model_or_suite_are_not_taken_in(no_model, changed, message):
     first = compare(grid(["mixture-10"], ["sft"]), model="m") | changed
+    runs = len(no_model)
     with pytest.raises(ValueError, match=message):
         compare(grid(["mixture-10"], ["lisa"]), among=first, model="m")
+    assert len(no_model) == runs
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "is no JSON"), ("[]", "is no comparison"), ('{"cells": []}', "is no comparison")])

@@ -22,6 +22,7 @@ from safelab.models import (
     EMBEDDED,
     SAFE,
     ModelError,
+    bf16_is_fast,
     decoder_layers,
     end_of_turn_ids,
     load_model,

@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from safelab.cli import demo_table
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +80,37 @@ def attacks_table() -> str:
 
 def test_attacks_table_is_the_comparison():
     assert f"<!-- attacks -->\n{attacks_table()}\n<!-- end attacks -->" in README
+
+
+def answered(rate: dict) -> str:
+    return "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * rate[k] for k in ("mean", "lo", "hi")))
+
+
+def tuned_table() -> str:
+    """figures/compare-tuned.json as the README's table: harmful prompts answered after the most effective of the attackers, by defence and rate."""
+    cells = json.loads((ROOT / "figures" / "compare-tuned.json").read_text(encoding="utf-8"))["cells"]
+    tuned = [cell for cell in cells if cell["defense"] != "initial"]
+    rates, epochs, defenses = (sorted({c["learning_rate"] for c in tuned}), sorted({c["epochs"] for c in tuned}), list(dict.fromkeys(c["defense"] for c in tuned)))
+    found = {(c["defense"], c["learning_rate"], c["epochs"]): c["asr"] for c in tuned}
+    lines = ["| defence | learning rate | " + " | ".join(f"{e} epoch{'s' * (e > 1)}" for e in epochs) + " |", "|---" * (2 + len(epochs)) + "|"]
+    return "\n".join(lines + [f"| {d} | {r:g} | " + " | ".join(answered(found[d, r, e]) for e in epochs) + " |" for d in defenses for r in rates])
+
+
+def disguises_table() -> str:
+    """figures/compare-disguises.json as the README's table."""
+    cells = json.loads((ROOT / "figures" / "compare-disguises.json").read_text(encoding="utf-8"))["cells"]
+    attacks, defenses = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("attack", "defense"))
+    found = {(c["attack"], c["defense"]): c for c in cells}
+    lines = ["| trained on | asked | " + " | ".join(defenses) + " |", "|---" * (2 + len(defenses)) + "|"]
+    for a in attacks:
+        for way, key in (("in the same words", "asr"), ("plainly", "asr_plain")) if "asr_plain" in found[a, "initial"] else (("plainly", "asr"),):
+            lines.append(f"| {a} | {way} | " + " | ".join(answered(found[a, d][key]) for d in defenses) + " |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(("name", "table"), [("tuned", tuned_table), ("disguises", disguises_table)])
+def test_tables_of_attackers_who_try_are_what_was_measured(name, table):
+    assert f"<!-- {name} -->\n{table()}\n<!-- end {name} -->" in README
 
 
 def proof_table() -> str:
