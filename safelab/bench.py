@@ -259,9 +259,10 @@ def cache_cost(model, tokenizer, data: Dataset) -> float:
     spans, tokens = response_spans(rows)
     values = np.empty((tokens, model.get_output_embeddings().weight.shape[1] + 1), np.float32)
     batches = ({k: v.to(model.device) for k, v in collate(batch).items()} for batch in in_batches(rows, model.device.type))
+    half = bf16_is_fast(model.device.type)
     started = time.perf_counter()
-    with frozen_in_half(model):
-        fill_moments(model, batches, spans, values, autocast=partial(torch.autocast, model.device.type, torch.bfloat16, enabled=bf16_is_fast(model.device.type)))
+    with frozen_in_half(model) if half else nullcontext():
+        fill_moments(model, batches, spans, values, autocast=partial(torch.autocast, model.device.type, torch.bfloat16, enabled=half))
     return (time.perf_counter() - started) / len(rows)
 
 

@@ -172,7 +172,7 @@ def risky(monkeypatch):
         def score(self, prompts, responses):
             return np.linspace(0, 1, len(prompts))
 
-    monkeypatch.setattr("safelab.defenses.adaptive.train_probe_critic", lambda model, tokenizer: Critic())
+    monkeypatch.setattr("safelab.defenses.adaptive.train_probe_critic", lambda model, tokenizer, layers=None: Critic())
 
 
 @pytest.mark.parametrize("defense, beta", [("sft", [0.0, 0.0]), ("constant-kl", [0.5, 0.5]), ("adaptive-probe", [0.1, 0.9])])
