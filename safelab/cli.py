@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
     ablation = command("ablate", _ablate, "one defence with one setting changed at a time: which of them matters?")
     ablation.add_argument("--set", action="append", required=True, type=_setting, dest="settings", metavar="NAME=V,V", help="a setting of the defence, the budget or the trainer and its values, such as beta_max=0.1,0.5 or layers=[1],[15]; repeat it for several")
+    ablation.add_argument("--fix", action="append", default=[], type=_setting, metavar="NAME=V", help="a setting that has this value throughout, such as anchors=0.0; repeat it for several")
     ablation.add_argument("--attack", default="mixture-10 of 160", metavar="A", help="default 'mixture-10 of 160'")
     ablation.add_argument("--defense", default="adaptive-probe", metavar="D", help="default adaptive-probe")
     ablation.add_argument("--seed", type=int, action="append", help="repeat it for several (default 0)")
@@ -367,22 +368,25 @@ def _compare(args) -> tuple[dict, str]:
 
 
 def _ablate(args) -> tuple[dict, str]:
-    from safelab.experiments import SUITES, Budget, ablate, changed, grid, run_grid, summarise_grid, versions
+    from safelab.experiments import SUITES, Budget, ablate, changed, grid, run_named, summarise_grid, versions
+    from safelab.models import SAFE
     from safelab.plots import save_figure
     from safelab.plots_grid import NAMES, plot_ablations
 
     _writable(args.out)
     seeds = args.seed or [0]
-    common = dict(model=args.model, quick=args.quick, suite=None if args.quick else SUITES[args.suite])
+    fixed = {name: values[0] for name, values in args.fix}
+    common = dict(model=args.model or SAFE, quick=args.quick, suite=None if args.quick else SUITES[args.suite])
     cells = grid([args.attack], [args.defense], seeds, epochs=(args.epochs,))[1:]
     for name, values in args.settings:
         for value in values:
-            changed(args.defense, Budget(), {name: value})  # what cannot be is found out now
-    (base,) = summarise_grid(run_grid(cells, **common))
-    points = [point for name, values in args.settings for point in ablate(args.attack, name, values, defense=args.defense, seeds=seeds, epochs=args.epochs, **common)]
+            changed(args.defense, Budget(), fixed | {name: value})  # what cannot be is found out now
+    (base,) = summarise_grid([run_named(cell, changes=fixed, **common) for cell in cells])
+    points = [point for name, values in args.settings for point in ablate(args.attack, name, values, defense=args.defense, fixed=fixed, seeds=seeds, epochs=args.epochs, **common)]
     options = [f"--attack {_quoted(args.attack)}", f"--defense {args.defense}", *(f"--seed {s}" for s in seeds), *([f"--epochs {args.epochs}"] if args.epochs else [])]
-    options += [f"--set {_quoted(f'{name}=' + ','.join(_shown(v) for v in values))}" for name, values in args.settings]
-    result = {"attack": args.attack, "defense": args.defense, "base": base, "points": points, "versions": versions()}
+    for option, of in (("fix", args.fix), ("set", args.settings)):
+        options += [f"--{option} {_quoted(f'{name}=' + ','.join(_shown(v) for v in values))}" for name, values in of]
+    result = {"attack": args.attack, "defense": args.defense, "fixed": fixed, "base": base, "points": points, "versions": versions()}
     result["command"] = " ".join(["safelab ablate", *options, f"--suite {args.suite}", *(["--quick"] if args.quick else [])])
     shown = ("asr", "asr_strongreject", "over_refusal")
     alt = f"{args.defense} against {args.attack}: {100 * base['asr']['mean']:.0f} % of harmful prompts answered. " + " ".join(f"{p['setting']} {_shown(p['value'])}: {100 * p['asr']['mean']:.0f} %." for p in points)

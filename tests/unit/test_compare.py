@@ -328,6 +328,13 @@ def test_the_ablation_command_changes_one_setting_at_a_time_and_draws_a_panel_fo
     assert result["base"]["asr"] == result["points"][1]["asr"]
 
 
+def test_what_is_fixed_in_an_ablation_is_so_throughout(no_model, tmp_path, capsys):
+    assert cli.main(["ablate", "--fix", "anchors=0.0", "--set", "rank=4", "--out", str(tmp_path), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [json.loads(f.read_text())["parameters"]["anchors"] for f in (tmp_path / "runs").glob("*.json")] == [0.0, 0.0] and len(no_model) == 2
+    assert result["fixed"] == {"anchors": 0.0} and "--fix anchors=0.0 --set rank=4" in result["command"]
+
+
 @pytest.mark.parametrize(("setting", "message"), [("beta_max", "is not NAME=VALUE,VALUE"), ("=3", "is not NAME=VALUE,VALUE"), ("nonsense=1", "'nonsense' is no setting of adaptive-probe")])
 def test_a_setting_that_cannot_be_is_named(no_model, tmp_path, capsys, setting, message):
     try:
