@@ -377,21 +377,23 @@ def _ablate(args) -> tuple[dict, str]:
     seeds = args.seed or [0]
     fixed = {name: values[0] for name, values in args.fix}
     common = dict(model=args.model or SAFE, quick=args.quick, suite=None if args.quick else SUITES[args.suite])
-    cells = grid([args.attack], [args.defense], seeds, epochs=(args.epochs,))[1:]
+    cells, plainly = (grid([args.attack], [defense], seeds, epochs=(args.epochs,))[1:] for defense in (args.defense, "sft"))
     for name, values in args.settings:
         for value in values:
             changed(args.defense, Budget(), fixed | {name: value})  # what cannot be is found out now
+    (plain,) = summarise_grid([run_named(cell, **common) for cell in plainly])
     (base,) = summarise_grid([run_named(cell, changes=fixed, **common) for cell in cells])
     points = [point for name, values in args.settings for point in ablate(args.attack, name, values, defense=args.defense, fixed=fixed, seeds=seeds, epochs=args.epochs, **common)]
     options = [f"--attack {_quoted(args.attack)}", f"--defense {args.defense}", *(f"--seed {s}" for s in seeds), *([f"--epochs {args.epochs}"] if args.epochs else [])]
     for option, of in (("fix", args.fix), ("set", args.settings)):
         options += [f"--{option} {_quoted(f'{name}=' + ','.join(_shown(v) for v in values))}" for name, values in of]
-    result = {"attack": args.attack, "defense": args.defense, "fixed": fixed, "base": base, "points": points, "versions": versions()}
+    result = {"attack": args.attack, "defense": args.defense, "fixed": fixed, "plain": plain, "base": base, "points": points, "versions": versions()}
     result["command"] = " ".join(["safelab ablate", *options, f"--suite {args.suite}", *(["--quick"] if args.quick else [])])
     shown = ("asr", "asr_strongreject", "over_refusal")
     alt = f"{args.defense} against {args.attack}: {100 * base['asr']['mean']:.0f} % of harmful prompts answered. " + " ".join(f"{p['setting']} {_shown(p['value'])}: {100 * p['asr']['mean']:.0f} %." for p in points)
     save_figure(plot_ablations(result), args.out / f"{args.name}.png", result, alt)
-    lines = ["| setting | value | " + " | ".join(NAMES[k] for k in shown) + " |", "|---" * (2 + len(shown)) + "|", "| as it is | | " + " | ".join(_rate(base[k]) for k in shown) + " |"]
+    lines = ["| setting | value | " + " | ".join(NAMES[k] for k in shown) + " |", "|---" * (2 + len(shown)) + "|"]
+    lines += [f"| {name} | | " + " | ".join(_rate(of[k]) for k in shown) + " |" for name, of in (("plain fine-tuning", plain), (args.defense, base))]
     lines += [f"| {p['setting']} | {_shown(p['value'])} | " + " | ".join(_rate(p[k]) for k in shown) + " |" for p in points]
     return result, "\n".join(lines) + f"\n\nfigure and numbers: {args.out / args.name}.png and .json"
 

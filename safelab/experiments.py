@@ -475,7 +475,7 @@ def tidy(row: dict) -> dict:
         return row
 
     keep = ("attack", "defense", "seed", "has_task", "device", "precision", "step_seconds", "train_seconds", "peak_memory_mb", "seconds", "data", "parameters", "model", "weights", "versions", "critics", "critic_failures")
-    budget = {k: row["budget"].get(k) for k in ("learning_rate", "epochs")}
+    budget = {k: row["budget"].get(k) for k in ("learning_rate", "epochs")} | {"mean_risk": round(float(np.mean(row["risks"])), 3) if row.get("risks") else None}
     return {k: row.get(k) for k in keep} | budget | {k: rate(flags).to_dict() for k, flags in row["flags"].items()}
 
 

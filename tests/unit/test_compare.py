@@ -175,7 +175,8 @@ def test_a_line_of_the_table_has_rates_with_intervals_and_no_histories():
     line = tidy(rows()[2])
     assert (line["attack"], line["defense"], line["seed"], line["learning_rate"], line["epochs"]) == ("mixture-10", "sft", 1, 2e-3, 1)
     assert line["asr"]["mean"] == 0.75 and line["asr"]["n"] == 4 and line["asr"]["lo"] < 0.75 < line["asr"]["hi"]
-    assert "flags" not in line and json.dumps(line)
+    assert "flags" not in line and json.dumps(line) and line["mean_risk"] is None
+    assert tidy(rows()[2] | {"risks": [0.0, 0.5]})["mean_risk"] == 0.25 and tidy(line) == line
 
 
 def test_cells_pool_seeds_and_nothing_else():
@@ -316,7 +317,7 @@ def test_the_ablation_command_changes_one_setting_at_a_time_and_draws_a_panel_fo
     assert cli.main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [(p["setting"], p["value"]) for p in result["points"]] == [("beta_max", 0.1), ("beta_max", 1.0), ("granularity", "batch"), ("layers", [1]), ("layers", [2, 3]), ("layers", None), ("rank", 4)]
-    assert {run[1] for run in no_model} == {2} and len(no_model) == 6  # beta_max 1 and layers null are the defaults, run once
+    assert {run[1] for run in no_model} == {2} and [run[0] for run in no_model] == ["sft", *["adaptive-probe"] * 6]  # beta_max 1 and layers null are the defaults, run once
     assert shlex.split(result["command"])[2:] == ["--attack", "mixture-10 of 160", "--defense", "adaptive-probe", *arguments[9:11], *arguments[1:9], "--suite", "small"]
     assert json.loads((tmp_path / "f" / "ablations.json").read_text())["points"] == result["points"]
     figure = plot_ablations(result)
@@ -331,7 +332,7 @@ def test_the_ablation_command_changes_one_setting_at_a_time_and_draws_a_panel_fo
 def test_what_is_fixed_in_an_ablation_is_so_throughout(no_model, tmp_path, capsys):
     assert cli.main(["ablate", "--fix", "anchors=0.0", "--set", "rank=4", "--out", str(tmp_path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert [json.loads(f.read_text())["parameters"]["anchors"] for f in (tmp_path / "runs").glob("*.json")] == [0.0, 0.0] and len(no_model) == 2
+    assert sorted(str(json.loads(f.read_text())["parameters"].get("anchors")) for f in (tmp_path / "runs").glob("*.json")) == ["0.0", "0.0", "None"] and len(no_model) == 3
     assert result["fixed"] == {"anchors": 0.0} and "--fix anchors=0.0 --set rank=4" in result["command"]
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from safelab.cli import demo_table
+from safelab.words import difference
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -107,6 +108,29 @@ def disguises_table() -> str:
 
 def test_the_table_of_rewording_is_what_was_measured():
     assert f"<!-- disguises -->\n{disguises_table()}\n<!-- end disguises -->" in README
+
+
+def test_what_the_critics_made_of_harmful_responses_is_what_they_said():
+    rows = json.loads((ROOT / "figures" / "compare-disguises.json").read_text(encoding="utf-8"))["rows"]
+    probe, judge = ((row["mean_risk"],) for row in rows if row["attack"] == "explicit-50, harmful responses" and row["mean_risk"] is not None)
+    assert "(mean risk {:.2f})".format(*probe) in README and "sees them at once ({:.2f})".format(*judge) in README
+
+
+def ablations_table() -> str:
+    """figures/ablations.json as the README's table."""
+    found = json.loads((ROOT / "figures" / "ablations.json").read_text(encoding="utf-8"))
+    lines = ["| changed | harmful answered | StrongREJECT answered | everyday refused |", "|---" * 4 + "|"]
+    points = [("nothing", found["base"]), *((f"{p['setting']} {p['value']}", p) for p in found["points"])]
+    return "\n".join(lines + [f"| {name} | " + " | ".join(answered(of[key]) for key in ("asr", "asr_strongreject", "over_refusal")) + " |" for name, of in points])
+
+
+def test_the_ablations_are_those_that_were_run():
+    found = json.loads((ROOT / "figures" / "ablations.json").read_text(encoding="utf-8"))
+    assert f"<!-- ablations -->\n{ablations_table()}\n<!-- end ablations -->" in README
+    said = [answered(of["asr"]).replace(" ", " % ", 1) for of in (found["plain"], found["base"])]
+    assert f"ends at {said[0]} of {found['base']['asr']['n']} harmful prompts answered, adaptive-probe at {said[1]}" in README
+    shown = [f"{p['setting']} {p['value']}" for p in found["points"] if difference(found["base"]["asr"], p["asr"])["lo"] > 0]
+    assert shown == ["beta_max 0.1"], "the README says which setting is shown to matter"
 
 
 def proof_table() -> str:
