@@ -129,6 +129,9 @@ def test_the_stored_tables_are_explored_where_they_are(tmp_path):
         "def keep(name, cells): pathlib.Path(name).write_text(json.dumps({'cells': summarise_grid(run_grid(cells)), 'command': 'safelab compare'}))",
         "keep('compare.json', grid(['mixture-10', 'backdoor', 'benign-drift'], list(DEFENSES), (0, 1)))",
         "keep('compare-tuned.json', grid(['explicit-100'], ['sft', 'adaptive-probe'], learning_rates=(5e-5, 2e-3), epochs=(1, 20)))",
+        "keep('compare-disguises.json', grid(['explicit-50, role-play', 'explicit-50, refused prompts'], ['sft', 'adaptive-judge']))",
+        "points = experiments.ablate('mixture-10', 'beta_max', (0.1, 0.5))",
+        "pathlib.Path('ablations.json').write_text(json.dumps({'points': points, 'base': points[0], 'command': 'safelab ablate'}))",
     ])  # fmt: skip
     (path,) = [p for p in NOTEBOOKS if p.stem.startswith("05")]
     notebook = in_quick_mode(path)
@@ -141,7 +144,8 @@ def test_the_stored_tables_are_explored_where_they_are(tmp_path):
     assert "Over 3 attacks: adaptive-probe ends within 3 points of the start in 0; the largest rise, by defence:" in said
     assert "mixture-10: the safe start answers 5 %" in said and "sft: at most 95 % [83, 99], n=40 of the harmful prompts answered (explicit-100, learning rate 5e-05, epochs 1)" in said
     figures = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})]
-    assert len(figures) == 5  # a heat map, three attacks in two figures, tuned attackers, the ablation
+    assert "Made by safelab ablate." in said and "beta_max 0.5: 30 % [18, 45], n=40 of the harmful prompts answered; beside the defence as it is: no difference shown" in said
+    assert len(figures) == 8  # a heat map, three attacks in two figures, tuned attackers, rewording asked both ways, the ablation and the stored ones
 
 
 def test_a_model_a_data_set_and_prompts_of_ones_own(tmp_path, saved_model):

@@ -133,6 +133,14 @@ def test_the_ablations_are_those_that_were_run():
     assert shown == ["beta_max 0.1"], "the README says which setting is shown to matter"
 
 
+def test_without_anchors_the_probe_is_what_holds():
+    found = json.loads((ROOT / "figures" / "ablations-no-anchors.json").read_text(encoding="utf-8"))
+    own, half, none = (answered(of["asr"]).replace(" ", " % ", 1) for of in (found["base"], *found["points"]))
+    assert [p["value"] for p in found["points"]] == [0.5, 1.0] and found["fixed"] == {"anchors": 0.0}
+    assert f"with its own risks {own}, with half" in README and f"0.75, {half}, with all of them exchanged {none}, as plain" in README
+    assert found["points"][1]["asr"]["mean"] >= found["plain"]["asr"]["lo"]
+
+
 def proof_table() -> str:
     """figures/probe_proof.json as the README's table."""
     rows = json.loads((ROOT / "figures" / "probe_proof.json").read_text(encoding="utf-8"))["rows"]
