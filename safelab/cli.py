@@ -357,6 +357,7 @@ def _compare(args) -> tuple[dict, str]:
     result = compare(cells, among=among, model=args.model, quick=args.quick, force=args.force, jobs=args.jobs, suite=suite)
     given = {"attack": args.attack, "defense": args.defense, "seed": args.seed, "learning-rate": args.learning_rate, "epochs": args.epochs}
     given |= {"suite": [args.suite] if args.suite != "full" else [], "among": [args.among.name] if args.among else []}
+    given |= {"name": [args.name] if args.name != "compare" else []}
     options = [f"--{name} {_quoted(value)}" for name, values in given.items() for value in values or ()]
     result["command"] = " ".join(["safelab compare", *options, *(["--quick"] if args.quick else [])])
     alt = "Answered harmful prompts by attack and defence. " + " ".join(
@@ -384,7 +385,7 @@ def _ablate(args) -> tuple[dict, str]:
     (plain,) = summarise_grid([run_named(cell, **common) for cell in plainly])
     (base,) = summarise_grid([run_named(cell, changes=fixed, **common) for cell in cells])
     points = [point for name, values in args.settings for point in ablate(args.attack, name, values, defense=args.defense, fixed=fixed, seeds=seeds, epochs=args.epochs, **common)]
-    options = [f"--attack {_quoted(args.attack)}", f"--defense {args.defense}", *(f"--seed {s}" for s in seeds), *([f"--epochs {args.epochs}"] if args.epochs else [])]
+    options = [f"--attack {_quoted(args.attack)}", f"--defense {args.defense}", *(f"--seed {s}" for s in seeds), *([f"--epochs {args.epochs}"] if args.epochs else []), *([f"--name {_quoted(args.name)}"] if args.name != "ablations" else [])]
     for option, of in (("fix", args.fix), ("set", args.settings)):
         options += [f"--{option} {_quoted(f'{name}=' + ','.join(_shown(v) for v in values))}" for name, values in of]
     result = {"attack": args.attack, "defense": args.defense, "fixed": fixed, "plain": plain, "base": base, "points": points, "versions": versions()}

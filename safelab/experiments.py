@@ -215,7 +215,7 @@ def fine_tune(
         logging_steps=1,
         save_strategy="no",
         disable_tqdm=True,
-        bf16=precision(model.device.type) == "bf16",
+        bf16=bf16_is_fast(model.device.type),
         use_cpu=model.device.type == "cpu",
         seed=seed,
         mean_over=budget.mean_over,

@@ -303,9 +303,9 @@ def test_what_is_no_comparison_is_named_before_anything_runs(no_model, tmp_path,
 
 
 def test_a_small_suite_has_fewer_cases(no_model, tmp_path, capsys):
-    assert cli.main(["compare", "--attack", "explicit-10", "--defense", "sft", "--seed", "0", "--suite", "small", "--out", str(tmp_path), "--json"]) == 0
+    assert cli.main(["compare", "--attack", "explicit-10", "--defense", "sft", "--seed", "0", "--suite", "small", "--name", "few", "--out", str(tmp_path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["suite"] == asdict(SUITES["small"]) and result["command"].endswith("--suite small")
+    assert result["suite"] == asdict(SUITES["small"]) and result["command"].endswith("--suite small --name few")
     assert all(asdict(SUITES["small"])[k] < n for k, n in asdict(SUITES["full"]).items())
 
 
@@ -330,10 +330,10 @@ def test_the_ablation_command_changes_one_setting_at_a_time_and_draws_a_panel_fo
 
 
 def test_what_is_fixed_in_an_ablation_is_so_throughout(no_model, tmp_path, capsys):
-    assert cli.main(["ablate", "--fix", "anchors=0.0", "--set", "rank=4", "--out", str(tmp_path), "--json"]) == 0
+    assert cli.main(["ablate", "--fix", "anchors=0.0", "--set", "rank=4", "--name", "apart", "--out", str(tmp_path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert sorted(str(json.loads(f.read_text())["parameters"].get("anchors")) for f in (tmp_path / "runs").glob("*.json")) == ["0.0", "0.0", "None"] and len(no_model) == 3
-    assert result["fixed"] == {"anchors": 0.0} and "--fix anchors=0.0 --set rank=4" in result["command"]
+    assert result["fixed"] == {"anchors": 0.0} and "--name apart --fix anchors=0.0 --set rank=4" in result["command"]
 
 
 @pytest.mark.parametrize(("setting", "message"), [("beta_max", "is not NAME=VALUE,VALUE"), ("=3", "is not NAME=VALUE,VALUE"), ("nonsense=1", "'nonsense' is no setting of adaptive-probe")])

@@ -81,6 +81,14 @@ def test_attacks_table_is_the_comparison():
     assert f"<!-- attacks -->\n{attacks_table()}\n<!-- end attacks -->" in README
 
 
+def test_the_seed_that_was_run_again_is_that_of_the_comparison():
+    rows = json.loads((ROOT / "figures" / "compare.json").read_text(encoding="utf-8"))["rows"]
+    again = {row["defense"]: row for row in rows if row["seed"] == 0 and row["attack"] == "mixture-10" and "utility_balanced" in row}
+    for key, said in (("utility", "ended at {:.1f} and {:.1f} %"), ("utility_balanced", "taken out at {:.1f} and {:.1f} %")):
+        assert said.format(*(100 * again[d][key]["mean"] for d in ("adaptive-probe", "sft"))) in README
+    assert f"has {len(rows)} of the 185 runs" in README
+
+
 def answered(rate: dict) -> str:
     return "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * rate[k] for k in ("mean", "lo", "hi")))
 
