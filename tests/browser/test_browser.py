@@ -20,6 +20,7 @@ from playwright.sync_api import expect, sync_playwright
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium: `make test` installs Debian's, as root or with sudo; or `apt-get install chromium`")
 MINUTE = 60_000  # Playwright counts milliseconds
+expect.set_options(timeout=MINUTE)  # a step of training may take several seconds, and a pause waits for its end
 
 
 @pytest.fixture(scope="module")
