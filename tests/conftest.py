@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for what tests start: each process of `make test` has one core
 
 import pytest  # noqa: E402
 import tokenizers  # noqa: E402
