@@ -10,6 +10,7 @@ from datasets import Dataset, concatenate_datasets
 from safelab.activations import model_fingerprint, template_fingerprint
 from safelab.datasets import load_prompts
 from safelab.evaluation import generate
+from safelab.models import bf16_is_fast
 from safelab.sources import cached_json
 
 SHARES = {"everyday": 0.65, "twins": 0.25, "harmful": 0.1}
@@ -36,7 +37,7 @@ def add_anchors(model, tokenizer, data: Dataset, share: float, *, seed: int = 0,
         pool = list(load_prompts(name, "probe")["prompt"])
         drawn = [pool[i] for i in rng.permutation(len(pool))[: round(part * n)]]
         prompts += drawn + ([f"{before}{p}{after}" for p in drawn] if name == "harmful" and before + after else [])
-    key = [model_fingerprint(model), template_fingerprint(tokenizer), prompts, answer_tokens, model.device.type]
+    key = [model_fingerprint(model), template_fingerprint(tokenizer), prompts, answer_tokens, model.device.type, bf16_is_fast(model.device.type)]
     answers = cached_json("answers", key, lambda: generate(model, tokenizer, prompts, max_new_tokens=answer_tokens, progress="anchors"))
     rows = [{"prompt": p, "response": a, "risk": 1.0, "anchor": True, "complete": False} for p, a in zip(prompts, answers) if a]
     free = data.select_columns(["prompt", "response", "risk"])

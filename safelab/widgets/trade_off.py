@@ -6,15 +6,6 @@ import html
 import json
 from pathlib import Path
 
-AXES = {
-    "harmful prompts answered": "asr",
-    "StrongREJECT answered": "asr_strongreject",
-    "everyday prompts refused": "over_refusal",
-    "task accuracy": "utility",
-    "seconds a step": "step_seconds",
-    "seconds of training": "train_seconds",
-}
-
 
 def stored_results(file: str | Path | None = None) -> list[dict]:
     """What ``safelab demo`` or ``safelab compare --json`` wrote -> its cells: ``attack``, ``defense``, rates with intervals, times.
@@ -82,11 +73,11 @@ def trade_off_explorer(cells: list[dict] | None = None):
     import ipywidgets as w
 
     from safelab.plots import new_figure
-    from safelab.plots_grid import DEFENSE_STYLE, plot_pareto
+    from safelab.plots_grid import DEFENSE_STYLE, NAMES, plot_pareto
     from safelab.widgets.parts import named_box, png
 
     cells = stored_results() if cells is None else cells
-    axes = {name: key for name, key in AXES.items() if any(c.get(key) is not None for c in cells)}
+    axes = {name: key for key, name in NAMES.items() if any(c.get(key) is not None for c in cells)}
     x = w.Dropdown(options=axes, value="utility" if "utility" in axes.values() else next(iter(axes.values())), description="across")
     y = w.Dropdown(options=axes, description="up")
     attack = w.Dropdown(options=list(dict.fromkeys(c["attack"] for c in cells)), description="attack", layout=w.Layout(width="480px"))
