@@ -92,10 +92,20 @@ def _named(value) -> str:
     return DEFENSE_STYLE[value][2] if value in DEFENSE_STYLE else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _panels(n: int, width: float, height: float, *, most: int, beside: float = 0.0, below: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """``n`` panels of so many inches, at most so many in a line, and room for a legend."""
+    columns = min(most, n)
+    lines = -(-n // columns)
+    figure, axes = new_figure(width * columns + beside, height * lines + below, columns, lines)
+    for ax in axes[n:]:
+        ax.remove()
+    return figure, axes[:n]
+
+
 def plot_compare(result: dict) -> Figure:
     """A comparison's Pareto plot for each attack: against task accuracy where the attack has a task, else over-refusal."""
     attacks = list(dict.fromkeys(cell["attack"] for cell in result["cells"]))
-    figure, axes = new_figure(4.6 * len(attacks) + 1.6, 4.4, columns=len(attacks))
+    figure, axes = _panels(len(attacks), 4.6, 4.4, most=5, beside=1.6)
     for attack, ax in zip(attacks, axes):
         cells = [cell for cell in result["cells"] if cell["attack"] == attack]
         plot_pareto(cells, "utility" if cells[0]["has_task"] else "over_refusal", title=attack, ax=ax)
@@ -109,12 +119,8 @@ def plot_ablations(result: dict) -> Figure:
     panels: dict[str, list[dict]] = {}
     for point in result["points"]:
         panels.setdefault(point["setting"], []).append(point)
-    columns = min(4, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = new_figure(3.1 * columns + 0.5, 2.9 * lines + 0.5, columns, lines)
-    for ax in axes[len(panels) :]:
-        ax.remove()
-    for index, ((setting, points), ax) in enumerate(zip(panels.items(), axes)):
+    figure, axes = _panels(len(panels), 3.1, 2.9, most=4, beside=0.5, below=0.5)
+    for (setting, points), ax in zip(panels.items(), axes):
         for key, (colour, marker, line), aside in zip(("asr", "asr_strongreject", "over_refusal"), SERIES_STYLE, (-0.12, 0, 0.12)):
             mean, low, high = (np.array([100 * p[key][k] for p in points]) for k in ("mean", "lo", "hi"))
             at = np.arange(len(points)) + aside
@@ -125,7 +131,7 @@ def plot_ablations(result: dict) -> Figure:
         ax.set_xlim(-0.4, len(points) - 0.6)
         ax.set_ylim(-4, 104)
         ax.set_title(setting, fontsize=11, loc="left", weight="bold")
-        if index % columns == 0:
+        if ax.get_subplotspec().is_first_col():
             ax.set_ylabel("% of held-out prompts")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
