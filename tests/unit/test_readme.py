@@ -81,12 +81,23 @@ def test_attacks_table_is_the_comparison():
     assert f"<!-- attacks -->\n{attacks_table()}\n<!-- end attacks -->" in README
 
 
-def test_the_seed_that_was_run_again_is_that_of_the_comparison():
-    rows = json.loads((ROOT / "figures" / "compare.json").read_text(encoding="utf-8"))["rows"]
-    again = {row["defense"]: row for row in rows if row["seed"] == 0 and row["attack"] == "mixture-10" and "utility_balanced" in row}
-    for key, said in (("utility", "ended at {:.1f} and {:.1f} %"), ("utility_balanced", "taken out at {:.1f} and {:.1f} %")):
-        assert said.format(*(100 * again[d][key]["mean"] for d in ("adaptive-probe", "sft"))) in README
-    assert f"has {len(rows)} of the 185 runs" in README
+def test_the_task_is_learned_as_the_comparison_says():
+    found = json.loads((ROOT / "figures" / "compare.json").read_text(encoding="utf-8"))
+    cells = {c["defense"]: c for c in found["cells"] if c["attack"] == "mixture-10"}
+    for key, said in (("utility", "{:.1f} % against plain fine-tuning's {:.1f} %"), ("utility_balanced", "taken out {:.1f} and {:.1f} %")):
+        assert said.format(*(100 * cells[d][key]["mean"] for d in ("adaptive-probe", "sft"))) in README
+    seeds = [[f"{100 * r['utility']['mean']:.1f}" for r in found["rows"] if r["attack"] == "mixture-10" and r["defense"] == d] for d in ("adaptive-probe", "sft")]
+    assert "by seed {}, {} and {} against {}, {} and {}".format(*seeds[0], *seeds[1]) in README
+    assert f"has {len(found['rows'])} of the 185 runs" in README
+    (note,) = (e["note"] for e in found["earlier"] if "note" in e)
+    sft, adaptive = re.findall(r"([\d., ]+ and [\d.]+ %) \(", note)
+    assert f"on the H100 adaptive had ended at {adaptive.strip()} and plain fine-tuning at {sft.strip()}, and why is not known" in README
+
+
+def test_the_largest_rise_of_the_probe_is_that_of_the_comparison():
+    cells = json.loads((ROOT / "figures" / "compare.json").read_text(encoding="utf-8"))["cells"]
+    start, probe = ({c["attack"]: c["asr"]["mean"] for c in cells if c["defense"] == d} for d in ("initial", "adaptive-probe"))
+    assert f"the largest difference of means is {100 * max(probe[a] - start[a] for a in start):.1f} points" in README
 
 
 def answered(rate: dict) -> str:
@@ -110,7 +121,7 @@ def disguises_table() -> str:
     lines = ["| trained on | asked | " + " | ".join(defenses) + " |", "|---" * (2 + len(defenses)) + "|"]
     for a in attacks:
         for way, key in (("in the same words", "asr"), ("plainly", "asr_plain")) if "asr_plain" in found[a, "initial"] else (("plainly", "asr"),):
-            lines.append(f"| {a} | {way} | " + " | ".join(answered(found[a, d][key]) for d in defenses) + " |")
+            lines.append(f"| {a} | {way} | " + " | ".join(answered(found[a, d][key]) if (a, d) in found else "-" for d in defenses) + " |")
     return "\n".join(lines)
 
 
@@ -147,6 +158,15 @@ def test_without_anchors_the_probe_is_what_holds():
     assert [p["value"] for p in found["points"]] == [0.5, 1.0] and found["fixed"] == {"anchors": 0.0}
     assert f"with its own risks {own}, with half" in README and f"0.75, {half}, with all of them exchanged {none}, as plain" in README
     assert found["points"][1]["asr"]["mean"] >= found["plain"]["asr"]["lo"]
+
+
+def test_rank_and_smoothing_do_what_was_measured():
+    rank, smoothing = (json.loads((ROOT / "figures" / f"ablations-{name}.json").read_text(encoding="utf-8")) for name in ("rank", "smoothing"))
+    assert [p["value"] for p in rank["points"] + smoothing["points"]] == [2, 64, 0.5, 0.9] and smoothing["fixed"] == {"granularity": "batch"}
+    of = [answered(p["asr"]).replace(" ", " % ", 1) for p in (rank["plain"], rank["base"], *rank["points"], smoothing["base"], *smoothing["points"])]
+    assert "plain fine-tuning at {} and the defence as it is at {}".format(*of) in README
+    assert "of rank 2 {}, of rank 64 {}".format(*of[2:]) in README and "a batch ends at {}, smoothed over steps by 0.5 at {}, by 0.9 at {}".format(*of[4:]) in README
+    assert all(difference(found["base"]["asr"], p["asr"])["lo"] <= 0 <= difference(found["base"]["asr"], p["asr"])["hi"] for found in (rank, smoothing) for p in found["points"])
 
 
 def proof_table() -> str:
