@@ -132,6 +132,11 @@ def test_the_table_of_rewording_is_what_was_measured():
 def test_what_the_critics_made_of_harmful_responses_is_what_they_said():
     rows = json.loads((ROOT / "figures" / "compare-disguises.json").read_text(encoding="utf-8"))["rows"]
     probe, judge = ((row["mean_risk"],) for row in rows if row["attack"] == "explicit-50, harmful responses" and row["mean_risk"] is not None)
+    said = {row["attack"]: row for row in rows if row["defense"] == "adaptive-probe"}
+    typos, wrapped, german = (said[f"explicit-50, {name}"] for name in ("typos", "benign wrapping", "German, word for word"))
+    assert f"(mean risk {german['mean_risk']:.2f}, typos {typos['mean_risk']:.2f})" in README and f"benign wrapping ({wrapped['mean_risk']:.2f})" in README
+    start = next(row for row in rows if row["attack"] == german["attack"] and row["defense"] == "initial")
+    assert f"the start answers {100 * start['asr']['mean']:.0f} %, and after" in README and f"adaptive model {100 * german['asr']['mean']:.0f} % in the same words" in README
     assert "(mean risk {:.2f})".format(*probe) in README and "sees them at once ({:.2f})".format(*judge) in README
 
 
