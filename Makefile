@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# Two processes of one thread each: twice as fast as one of two threads, as most of the work is in short steps.
+# Unit tests use one thread, so two processes share two cores; notebooks and the demo use both by themselves.
 SHARED := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo -n)
 
@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/safelab demo
 
 test: $(READY) chromium
-	$(BIN)/python -m pytest $(SHARED)
+	$(BIN)/python -m pytest
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest $(SHARED) tests/unit
