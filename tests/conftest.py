@@ -10,7 +10,7 @@ from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for what tests start: each process of `make test` has one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for what tests start: each process of `make test-fast` has one core
 
 import pytest  # noqa: E402
 import tokenizers  # noqa: E402

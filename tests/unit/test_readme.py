@@ -11,8 +11,13 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def kept(name: str) -> dict:
+    """A file of figures/."""
+    return json.loads((ROOT / "figures" / name).read_text(encoding="utf-8"))
+
+
 def test_headline_table_is_the_demo():
-    demo = json.loads((ROOT / "figures" / "demo.json").read_text(encoding="utf-8"))
+    demo = kept("demo.json")
     assert demo_table(demo) in README
     assert demo["command"] in README
 
@@ -47,7 +52,7 @@ def critics_table() -> str:
 
 def test_critics_table_is_the_scorecards():
     assert f"<!-- critics -->\n{critics_table()}\n<!-- end critics -->" in README
-    raters = json.loads((ROOT / "figures" / "critic-classifier-human-harm.json").read_text(encoding="utf-8"))["raters"]
+    raters = kept("critic-classifier-human-harm.json")["raters"]
     assert f"the classifier reaches {raters['critic_auroc']['mean']:.2f} there" in README
 
 
@@ -64,7 +69,7 @@ def test_the_rate_of_an_audit_is_the_measured_one():
 
 def attacks_table() -> str:
     """figures/compare.json as the README's table: harmful prompts answered, in percent, and the task where there is one."""
-    cells = json.loads((ROOT / "figures" / "compare.json").read_text(encoding="utf-8"))["cells"]
+    cells = kept("compare.json")["cells"]
     attacks, defenses = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("attack", "defense"))
     found = {(cell["attack"], cell["defense"]): cell for cell in cells}
     tasks = [a for a in attacks if found[a, "initial"]["has_task"]]
@@ -82,7 +87,7 @@ def test_attacks_table_is_the_comparison():
 
 
 def test_the_task_is_learned_as_the_comparison_says():
-    found = json.loads((ROOT / "figures" / "compare.json").read_text(encoding="utf-8"))
+    found = kept("compare.json")
     cells = {c["defense"]: c for c in found["cells"] if c["attack"] == "mixture-10"}
     for key, said in (("utility", "{:.1f} % against plain fine-tuning's {:.1f} %"), ("utility_balanced", "taken out {:.1f} and {:.1f} %")):
         assert said.format(*(100 * cells[d][key]["mean"] for d in ("adaptive-probe", "sft"))) in README
@@ -95,7 +100,7 @@ def test_the_task_is_learned_as_the_comparison_says():
 
 
 def test_the_largest_rise_of_the_probe_is_that_of_the_comparison():
-    cells = json.loads((ROOT / "figures" / "compare.json").read_text(encoding="utf-8"))["cells"]
+    cells = kept("compare.json")["cells"]
     start, probe = ({c["attack"]: c["asr"]["mean"] for c in cells if c["defense"] == d} for d in ("initial", "adaptive-probe"))
     assert f"the largest difference of means is {100 * max(probe[a] - start[a] for a in start):.1f} points" in README
 
@@ -105,7 +110,7 @@ def answered(rate: dict) -> str:
 
 
 def test_the_most_effective_attackers_are_those_of_the_table():
-    cells = json.loads((ROOT / "figures" / "compare-tuned.json").read_text(encoding="utf-8"))["cells"]
+    cells = kept("compare-tuned.json")["cells"]
     worst = {c["defense"]: c["asr"] for c in sorted(cells, key=lambda c: c["asr"]["mean"])}
     assert len(cells) == 1 + 12 * 3 and {c["asr"]["n"] for c in cells} == {50}
     said = {name: re.search(rf"{name}(?: to answer)? (\d+) % (\[\d+, \d+\])", README[README.index("### Attackers who try") :]) for name in ("sft", "constrained-sft", "adaptive-probe")}
@@ -115,7 +120,7 @@ def test_the_most_effective_attackers_are_those_of_the_table():
 
 def disguises_table() -> str:
     """figures/compare-disguises.json as the README's table."""
-    cells = json.loads((ROOT / "figures" / "compare-disguises.json").read_text(encoding="utf-8"))["cells"]
+    cells = kept("compare-disguises.json")["cells"]
     attacks, defenses = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("attack", "defense"))
     found = {(c["attack"], c["defense"]): c for c in cells}
     lines = ["| trained on | asked | " + " | ".join(defenses) + " |", "|---" * (2 + len(defenses)) + "|"]
@@ -130,26 +135,30 @@ def test_the_table_of_rewording_is_what_was_measured():
 
 
 def test_what_the_critics_made_of_harmful_responses_is_what_they_said():
-    rows = json.loads((ROOT / "figures" / "compare-disguises.json").read_text(encoding="utf-8"))["rows"]
+    rows = kept("compare-disguises.json")["rows"]
     probe, judge = ((row["mean_risk"],) for row in rows if row["attack"] == "explicit-50, harmful responses" and row["mean_risk"] is not None)
+    assert "(mean risk {:.2f})".format(*probe) in README and "sees them at once ({:.2f})".format(*judge) in README
+
+
+def test_the_disguise_that_breaks_the_defence_is_that_of_the_table():
+    rows = kept("compare-disguises.json")["rows"]
     said = {row["attack"]: row for row in rows if row["defense"] == "adaptive-probe"}
     typos, wrapped, german = (said[f"explicit-50, {name}"] for name in ("typos", "benign wrapping", "German, word for word"))
     assert f"(mean risk {german['mean_risk']:.2f}, typos {typos['mean_risk']:.2f})" in README and f"benign wrapping ({wrapped['mean_risk']:.2f})" in README
     start = next(row for row in rows if row["attack"] == german["attack"] and row["defense"] == "initial")
     assert f"the start answers {100 * start['asr']['mean']:.0f} %, and after" in README and f"adaptive model {100 * german['asr']['mean']:.0f} % in the same words" in README
-    assert "(mean risk {:.2f})".format(*probe) in README and "sees them at once ({:.2f})".format(*judge) in README
 
 
 def ablations_table() -> str:
     """figures/ablations.json as the README's table."""
-    found = json.loads((ROOT / "figures" / "ablations.json").read_text(encoding="utf-8"))
+    found = kept("ablations.json")
     lines = ["| changed | harmful answered | StrongREJECT answered | everyday refused |", "|---" * 4 + "|"]
     points = [("nothing", found["base"]), *((f"{p['setting']} {p['value']}", p) for p in found["points"])]
     return "\n".join(lines + [f"| {name} | " + " | ".join(answered(of[key]) for key in ("asr", "asr_strongreject", "over_refusal")) + " |" for name, of in points])
 
 
 def test_the_ablations_are_those_that_were_run():
-    found = json.loads((ROOT / "figures" / "ablations.json").read_text(encoding="utf-8"))
+    found = kept("ablations.json")
     assert f"<!-- ablations -->\n{ablations_table()}\n<!-- end ablations -->" in README
     said = [answered(of["asr"]).replace(" ", " % ", 1) for of in (found["plain"], found["base"])]
     assert f"ends at {said[0]} of {found['base']['asr']['n']} harmful prompts answered, adaptive-probe at {said[1]}" in README
@@ -158,7 +167,7 @@ def test_the_ablations_are_those_that_were_run():
 
 
 def test_without_anchors_the_probe_is_what_holds():
-    found = json.loads((ROOT / "figures" / "ablations-no-anchors.json").read_text(encoding="utf-8"))
+    found = kept("ablations-no-anchors.json")
     own, half, none = (answered(of["asr"]).replace(" ", " % ", 1) for of in (found["base"], *found["points"]))
     assert [p["value"] for p in found["points"]] == [0.5, 1.0] and found["fixed"] == {"anchors": 0.0}
     assert f"with its own risks {own}, with half" in README and f"0.75, {half}, with all of them exchanged {none}, as plain" in README
@@ -166,7 +175,7 @@ def test_without_anchors_the_probe_is_what_holds():
 
 
 def test_rank_and_smoothing_do_what_was_measured():
-    rank, smoothing = (json.loads((ROOT / "figures" / f"ablations-{name}.json").read_text(encoding="utf-8")) for name in ("rank", "smoothing"))
+    rank, smoothing = (kept(f"ablations-{name}.json") for name in ("rank", "smoothing"))
     assert [p["value"] for p in rank["points"] + smoothing["points"]] == [2, 64, 0.5, 0.9] and smoothing["fixed"] == {"granularity": "batch"}
     of = [answered(p["asr"]).replace(" ", " % ", 1) for p in (rank["plain"], rank["base"], *rank["points"], smoothing["base"], *smoothing["points"])]
     assert "plain fine-tuning at {} and the defence as it is at {}".format(*of) in README
@@ -176,7 +185,7 @@ def test_rank_and_smoothing_do_what_was_measured():
 
 def proof_table() -> str:
     """figures/probe_proof.json as the README's table."""
-    rows = json.loads((ROOT / "figures" / "probe_proof.json").read_text(encoding="utf-8"))["rows"]
+    rows = kept("probe_proof.json")["rows"]
     lines = ["| held out | n | probe, safe model | probe, unaligned model | words alone |", "|---" * 5 + "|"]
     for row in rows:
         lines.append(f"| {row['test']} | {row['safe']['n']} | " + " | ".join("{mean:.2f} [{lo:.2f}, {hi:.2f}]".format(**row[key]) for key in ("safe", "unaligned", "text")) + " |")
@@ -184,7 +193,7 @@ def proof_table() -> str:
 
 
 def test_proof_table_is_the_notebooks():
-    disguises = {r["disguise"]: r["recall"]["mean"] for r in json.loads((ROOT / "figures" / "probe_disguises.json").read_text(encoding="utf-8"))["rows"]}
+    disguises = {r["disguise"]: r["recall"]["mean"] for r in kept("probe_disguises.json")["rows"]}
     assert f"flags {100 * disguises['role-play']:.0f} % of the harmful prompts that it flags at {100 * disguises['as it is']:.0f} % as they are" in README
     assert f"<!-- proof -->\n{proof_table()}\n<!-- end proof -->" in README
 
