@@ -364,7 +364,8 @@ def _compare(args) -> tuple[dict, str]:
         f"{c['attack']}, {c['defense']}: {100 * c['asr']['mean']:.0f} %, task accuracy {100 * c['utility']['mean']:.0f} %." for c in result["cells"]
     )
     save_figure(plot_compare(result), args.out / f"{args.name}.png", result, alt)
-    save_figure(plot_compare_heat(result), args.out / f"{args.name}-heat.png", {"cells": result["cells"], "command": result["command"]}, alt)
+    shown = {key: result[key] for key in ("cells", "command", "earlier") if key in result}
+    save_figure(plot_compare_heat(result), args.out / f"{args.name}-heat.png", shown, alt)
     return result, compare_table(result["cells"]) + f"\n\nfigures and numbers: {args.out / args.name}.png, {args.out / args.name}-heat.png and .json beside them"
 
 

@@ -145,3 +145,8 @@ def _worse(at: str, key: str, plain: dict, others: list[dict]) -> str:
 
 def _listed(names: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def made_by(result: dict) -> str:
+    """The commands whose rows a stored table has: those of the tables it was put among (``earlier``) and its own."""
+    return ", then ".join(made["command"] for made in [*result.get("earlier", []), result])

@@ -284,6 +284,7 @@ def test_rows_made_elsewhere_stay_and_those_made_again_give_way(no_model, tmp_pa
     assert cli.main(["compare", "--attack", "explicit-10", "--defense", "lisa", "--seed", "3", "--model", "m", "--among", str(tmp_path / "old.json"), "--out", str(tmp_path), "--json"]) == 0
     last = json.loads(capsys.readouterr().out)
     assert len(last["rows"]) == len(again["rows"]) + 1 and len(last["earlier"]) == 2 and last["command"].endswith("--among old.json")
+    assert json.loads((tmp_path / "compare-heat.json").read_text())["earlier"] == last["earlier"]
 
 
 @pytest.mark.parametrize(("changed", "message"), [({"model": "other"}, "model was other and is m"), ({"suite": {"harmful": 3}}, "suite was {'harmful': 3}")])

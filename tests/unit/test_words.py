@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from safelab.evaluation import wilson
-from safelab.words import change, check, conclusions, difference
+from safelab.words import change, check, conclusions, difference, made_by
 
 
 def of(k, n=100):
@@ -102,3 +102,8 @@ def test_a_table_without_the_start():
 
 def test_an_attack_that_nobody_met_is_passed_over():
     assert conclusions([cell("a", "initial", 3)]) == []
+
+
+def test_a_table_is_of_all_commands_whose_rows_it_has():
+    assert made_by({"command": "c"}) == "c"
+    assert made_by({"earlier": [{"command": "a", "note": "elsewhere"}, {"command": "b"}], "command": "c"}) == "a, then b, then c"
