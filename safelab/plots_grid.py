@@ -133,7 +133,7 @@ def plot_ablations(result: dict) -> Figure:
         ax.set_title(setting, fontsize=11, loc="left", weight="bold")
         if ax.get_subplotspec().is_first_col():
             ax.set_ylabel("% of held-out prompts")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(panels)), frameon=False, fontsize=9)
     return figure
 
 

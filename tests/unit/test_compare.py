@@ -328,6 +328,11 @@ def test_the_ablation_command_changes_one_setting_at_a_time_and_draws_a_panel_fo
     answered = [line for line in figure.axes[0].lines if line.get_label().startswith("harmful prompts answered")]
     assert [list(line.get_ydata()) for line in answered] == [[100 * p["asr"]["mean"] for p in result["points"][:2]]]
     assert result["base"]["asr"] == result["points"][1]["asr"]
+    for n in (2, 3, len(result["points"])):  # one panel, two and four
+        figure = plot_ablations(result | {"points": result["points"][:n]})
+        figure.draw_without_rendering()
+        box = figure.legends[0].get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.width, "the legend is cut off"
 
 
 def test_what_is_fixed_in_an_ablation_is_so_throughout(no_model, tmp_path, capsys):
