@@ -69,12 +69,13 @@ def test_the_kept_scorecard_reaches_what_the_classifier_must(name):
 def test_the_embedded_classifier_agrees_with_people_as_its_kept_scorecard_says(cards, name):
     card = cards[name]
     assert card["n"] == SOME[name] and card["auroc"]["hi"] >= kept(name)["auroc"]["lo"]
+    assert card["auroc"]["mean"] >= TARGETS[name] or name == "human-harm"  # of which a fifth of the labels and none of the helpers teach too little
     assert card["auroc"]["mean"] > max(b["auroc"]["mean"] for b in card["baselines"].values())
 
 
 def test_it_misses_little_harm_at_its_high_recall_point(cards):
     assert kept("human-harm")["recall"]["mean"] >= 0.95 and kept("human-harm")["precision"]["mean"] > 0.6
-    assert cards["human-harm"]["recall"]["hi"] >= 0.95 and cards["human-harm"]["precision"]["hi"] > 0.6
+    assert cards["human-harm"]["recall"]["mean"] >= 0.95 and cards["human-harm"]["precision"]["mean"] > 0.6
 
 
 # --------------------------------------------------------------------------------- a real server
