@@ -1,7 +1,7 @@
 """Run notebooks as they stand, in full, and keep their outputs in them: figures, tables and text, no widgets and no progress bars.
 
     python notebooks/execute.py 01 02        # those whose names begin so; without any, all
-    python notebooks/execute.py --stored 05  # only the outputs of cells that show stored tables, tagged ``stored``; the rest runs in quick mode and stays as it is
+    python notebooks/execute.py --stored 05  # only the outputs of cells tagged ``stored``: tables that a quick run shows as a full one does; the rest runs in quick mode and stays as it is
 
 How long each took, with which versions and from which source goes into its metadata; a test says when the source has changed since.
 The figure of the cell tagged ``picture`` is kept, small, in ``pictures`` for the README's table.
@@ -28,7 +28,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def code_cells(notebook, stored: bool) -> list:
-    """The code cells that show stored tables, or the others."""
+    """The code cells that show stored tables (tagged ``stored``), or the others."""
     return [cell for cell in notebook.cells if cell.cell_type == "code" and ("stored" in cell.metadata.get("tags", [])) == stored]
 
 

@@ -148,5 +148,5 @@ def _listed(names: list[str]) -> str:
 
 
 def made_by(result: dict) -> str:
-    """The commands whose rows a stored table has: those of the tables it was put among (``earlier``) and its own."""
-    return ", then ".join(made["command"] for made in [*result.get("earlier", []), result])
+    """The commands whose rows a stored table has: those of the tables it was put among (``earlier``) and its own, a line each."""
+    return ",\nthen ".join(made["command"] for made in [*result.get("earlier", []), result])

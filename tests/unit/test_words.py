@@ -106,4 +106,4 @@ def test_an_attack_that_nobody_met_is_passed_over():
 
 def test_a_table_is_of_all_commands_whose_rows_it_has():
     assert made_by({"command": "c"}) == "c"
-    assert made_by({"earlier": [{"command": "a", "note": "elsewhere"}, {"command": "b"}], "command": "c"}) == "a, then b, then c"
+    assert made_by({"earlier": [{"command": "a", "note": "elsewhere"}, {"command": "b"}], "command": "c"}) == "a,\nthen b,\nthen c"
