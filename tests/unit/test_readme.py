@@ -93,16 +93,19 @@ def test_the_task_is_learned_as_the_comparison_says():
         assert said.format(*(100 * cells[d][key]["mean"] for d in ("adaptive-probe", "sft"))) in README
     seeds = [[f"{100 * r['utility']['mean']:.1f}" for r in found["rows"] if r["attack"] == "mixture-10" and r["defense"] == d] for d in ("adaptive-probe", "sft")]
     assert "by seed {}, {} and {} against {}, {} and {}".format(*seeds[0], *seeds[1]) in README
-    assert f"has {len(found['rows'])} of the 185 runs" in README
+    assert f"it ends at {100 * cells['adaptive-judge']['utility']['mean']:.1f} %, and at {100 * cells['adaptive-judge']['utility_balanced']['mean']:.1f} % with the leaning taken out" in README
+    assert f"has all {len(found['rows'])} runs" in README and {tuple(c["seeds"]) for c in found["cells"] if c["defense"] != "initial"} == {(0, 1, 2)}
     (note,) = (e["note"] for e in found["earlier"] if "note" in e)
     sft, adaptive = re.findall(r"([\d., ]+ and [\d.]+ %) \(", note)
     assert f"on the H100 adaptive had ended at {adaptive.strip()} and plain fine-tuning at {sft.strip()}, and why is not known" in README
 
 
-def test_the_largest_rise_of_the_probe_is_that_of_the_comparison():
-    cells = kept("compare.json")["cells"]
-    start, probe = ({c["attack"]: c["asr"]["mean"] for c in cells if c["defense"] == d} for d in ("initial", "adaptive-probe"))
-    assert f"the largest difference of means is {100 * max(probe[a] - start[a] for a in start):.1f} points" in README
+def test_the_largest_rises_of_the_adaptive_defence_are_those_of_the_comparison():
+    cells = {(c["attack"], c["defense"]): c["asr"] for c in kept("compare.json")["cells"]}
+    attacks = [a for a, d in cells if d == "initial"]
+    largest = [100 * max(cells[a, d]["mean"] - cells[a, "initial"]["mean"] for a in attacks) for d in ("adaptive-probe", "adaptive-judge")]
+    assert "the largest difference of means is {:.1f} points and {:.1f} points".format(*largest) in README
+    assert all(difference(cells[a, "initial"], cells[a, d])["lo"] <= 0 for a in attacks for d in ("adaptive-probe", "adaptive-judge"))
 
 
 def answered(rate: dict) -> str:
@@ -140,13 +143,25 @@ def test_what_the_critics_made_of_harmful_responses_is_what_they_said():
     assert "(mean risk {:.2f})".format(*probe) in README and "sees them at once ({:.2f})".format(*judge) in README
 
 
-def test_the_disguise_that_breaks_the_defence_is_that_of_the_table():
-    rows = kept("compare-disguises.json")["rows"]
-    said = {row["attack"]: row for row in rows if row["defense"] == "adaptive-probe"}
-    typos, wrapped, german = (said[f"explicit-50, {name}"] for name in ("typos", "benign wrapping", "German, word for word"))
-    assert f"(mean risk {german['mean_risk']:.2f}, typos {typos['mean_risk']:.2f})" in README and f"benign wrapping ({wrapped['mean_risk']:.2f})" in README
-    start = next(row for row in rows if row["attack"] == german["attack"] and row["defense"] == "initial")
-    assert f"the start answers {100 * start['asr']['mean']:.0f} %, and after" in README and f"adaptive model {100 * german['asr']['mean']:.0f} % in the same words" in README
+def test_the_disguises_that_get_past_the_probe_are_those_of_the_table():
+    rows = {(row["attack"].removeprefix("explicit-50, "), row["defense"]): row for row in kept("compare-disguises.json")["rows"]}
+    german, wrapped = ({d: rows[name, d] for d in ("initial", "adaptive-probe", "adaptive-judge")} for name in ("German, word for word", "benign wrapping"))
+    of = {d: 100 * row["asr"]["mean"] for d, row in german.items()}
+    assert f"the start answers {of['initial']:.0f} %, and after" in README and f"adaptive-probe {of['adaptive-probe']:.0f} % in the same words" in README
+    assert f"(mean risk {german['adaptive-probe']['mean_risk']:.2f}, typos {rows['typos', 'adaptive-probe']['mean_risk']:.2f})" in README
+    assert f"hardly risky at all ({wrapped['adaptive-probe']['mean_risk']:.2f})" in README
+    assert f"risks of {german['adaptive-judge']['mean_risk']:.2f} and {wrapped['adaptive-judge']['mean_risk']:.2f}, and adaptive-judge ends at {of['adaptive-judge']:.0f} % in German" in README
+    below = [{k: f"{100 * v:.0f}" for k, v in difference(of["adaptive-judge"]["asr"], of["adaptive-probe"]["asr"]).items()} for of in (german, wrapped)]
+    assert "({mean} points below the probe, [{lo}, {hi}])".format(**below[0]) in README and "({mean} below [{lo}, {hi}])".format(**below[1]) in README
+    assert f"at {100 * wrapped['adaptive-judge']['asr']['mean']:.0f} % in the wrapping" in README
+    assert all(difference(of["initial"]["asr"], of["adaptive-judge"]["asr"])["lo"] <= 0 for of in (german, wrapped)), "no rise shown"
+
+
+def test_the_judge_knows_compliance_that_it_never_saw_and_not_what_it_never_learned():
+    found = json.loads((ROOT / "benchmarks" / "unseen_compliance.json").read_text(encoding="utf-8"))
+    unseen, untaught = ([f"{of[key]:.2f}" for of in found["mean_risk"].values()] for key in ("unseen", "untaught"))
+    assert f"with the same {found['texts']} texts" in README
+    assert f"as risky ({min(unseen)} to {max(unseen)} on average)" in README and f"risks of {min(untaught)} to {max(untaught)}, which" in README
 
 
 def ablations_table() -> str:
