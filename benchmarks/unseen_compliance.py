@@ -32,7 +32,7 @@ def main() -> None:
     texts = load_compliance()
     half = set(np.random.default_rng(0).permutation(texts)[: len(texts) // 2].tolist())
     sets = {name: [(r["prompt"], r["response"]) for r in ATTACKS[name].data(0) if r["harmful"]] for name in SETS}
-    critic, pairs = ResponseClassifier(*load_model(EMBEDDED)), own_pairs()
+    critic, pairs = ResponseClassifier(*load_model(EMBEDDED)).fit(), own_pairs()  # it reads all pairs, and keeps what it read
     features = {name: critic.features(*map(list, zip(*rows)), progress=name) for name, rows in sets.items()}
 
     def risks(learned: set[str]) -> dict[str, np.ndarray]:
