@@ -104,7 +104,7 @@ def test_the_largest_rises_of_the_adaptive_defence_are_those_of_the_comparison()
     cells = {(c["attack"], c["defense"]): c["asr"] for c in kept("compare.json")["cells"]}
     attacks = [a for a, d in cells if d == "initial"]
     largest = [100 * max(cells[a, d]["mean"] - cells[a, "initial"]["mean"] for a in attacks) for d in ("adaptive-probe", "adaptive-judge")]
-    assert "the largest difference of means is {:.1f} points and {:.1f} points".format(*largest) in README
+    assert "the largest difference of means is {:.1f} points with the probe and {:.1f} points with the judge. ".format(*largest) in README
     assert all(difference(cells[a, "initial"], cells[a, d])["lo"] <= 0 for a in attacks for d in ("adaptive-probe", "adaptive-judge"))
 
 
