@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def kept(name: str) -> dict:
-    """A file of figures/."""
-    return json.loads((ROOT / "figures" / name).read_text(encoding="utf-8"))
+def kept(name: str, folder: str = "figures") -> dict:
+    """A file of results."""
+    return json.loads((ROOT / folder / name).read_text(encoding="utf-8"))
 
 
 def test_headline_table_is_the_demo():
@@ -23,7 +23,7 @@ def test_headline_table_is_the_demo():
 
 
 def test_safe_start_table_is_the_report():
-    report = json.loads((ROOT / "data" / "safe-adapter" / "report.json").read_text(encoding="utf-8"))
+    report = kept("report.json", "data/safe-adapter")
     for name in ("advbench", "strongreject", "harmful", "twins", "everyday"):
         r = report[f"refusals_{name}"]
         assert f"{100 * r['mean']:.1f} % [{100 * r['lo']:.1f}, {100 * r['hi']:.1f}], n={r['n']}" in README
@@ -62,7 +62,7 @@ def test_every_file_linked_exists():
 
 
 def test_the_rate_of_an_audit_is_the_measured_one():
-    found = json.loads((ROOT / "benchmarks" / "audit_rate.json").read_text(encoding="utf-8"))
+    found = kept("audit_rate.json", "benchmarks")
     assert f"{found['examples_per_second']:.0f} short examples a second" in README and f"({found['mean_characters'] // 10 * 10} characters on average)" in README
     assert f"10,000 in {10_000 / found['examples_per_second'] / 60 + 0.5:.0f} minutes" in README
 
@@ -146,11 +146,11 @@ def test_what_the_critics_made_of_harmful_responses_is_what_they_said():
 def test_the_disguises_that_get_past_the_probe_are_those_of_the_table():
     rows = {(row["attack"].removeprefix("explicit-50, "), row["defense"]): row for row in kept("compare-disguises.json")["rows"]}
     german, wrapped = ({d: rows[name, d] for d in ("initial", "adaptive-probe", "adaptive-judge")} for name in ("German, word for word", "benign wrapping"))
-    of = {d: 100 * row["asr"]["mean"] for d, row in german.items()}
-    assert f"the start answers {of['initial']:.0f} %, and after" in README and f"adaptive-probe {of['adaptive-probe']:.0f} % in the same words" in README
+    share = {d: f"{100 * row['asr']['mean']:.0f} %" for d, row in german.items()}
+    assert f"the start answers {share['initial']}, and after" in README and f"adaptive-probe {share['adaptive-probe']} in the same words" in README
     assert f"(mean risk {german['adaptive-probe']['mean_risk']:.2f}, typos {rows['typos', 'adaptive-probe']['mean_risk']:.2f})" in README
     assert f"hardly risky at all ({wrapped['adaptive-probe']['mean_risk']:.2f})" in README
-    assert f"risks of {german['adaptive-judge']['mean_risk']:.2f} and {wrapped['adaptive-judge']['mean_risk']:.2f}, and adaptive-judge ends at {of['adaptive-judge']:.0f} % in German" in README
+    assert f"risks of {german['adaptive-judge']['mean_risk']:.2f} and {wrapped['adaptive-judge']['mean_risk']:.2f}, and adaptive-judge ends at {share['adaptive-judge']} in German" in README
     below = [{k: f"{100 * v:.0f}" for k, v in difference(of["adaptive-judge"]["asr"], of["adaptive-probe"]["asr"]).items()} for of in (german, wrapped)]
     assert "({mean} points below the probe, [{lo}, {hi}])".format(**below[0]) in README and "({mean} below [{lo}, {hi}])".format(**below[1]) in README
     assert f"at {100 * wrapped['adaptive-judge']['asr']['mean']:.0f} % in the wrapping" in README
@@ -158,7 +158,7 @@ def test_the_disguises_that_get_past_the_probe_are_those_of_the_table():
 
 
 def test_the_judge_knows_compliance_that_it_never_saw_and_not_what_it_never_learned():
-    found = json.loads((ROOT / "benchmarks" / "unseen_compliance.json").read_text(encoding="utf-8"))
+    found = kept("unseen_compliance.json", "benchmarks")
     unseen, untaught = ([f"{of[key]:.2f}" for of in found["mean_risk"].values()] for key in ("unseen", "untaught"))
     assert f"with the same {found['texts']} texts" in README
     assert f"as risky ({min(unseen)} to {max(unseen)} on average)" in README and f"risks of {min(untaught)} to {max(untaught)}, which" in README
